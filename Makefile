@@ -1,0 +1,42 @@
+# Every target makes what it needs, the virtual environment included; a second call installs nothing.
+# Another torch: make TORCH=torch==2.12.0 (after make clean).
+
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+PYTHON ?= python3
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-full lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.distill --output demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-full: $(STAMP)
+	MLOT_TEST_FULL=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# torch comes first and pinned: whatever depends on it must find it, or pip brings the newest one with gigabytes of CUDA.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "$(TRITON)" "setuptools>=77,<82"
+	touch $@
+
+$(STAMP): $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

@@ -1,0 +1,180 @@
+"""Which implementation of an operator runs, and why.
+
+A backend is a name: ``reference`` (plain torch, any device), ``cpu`` (C++), ``triton`` and ``cuda`` (GPU). ``resolve``
+picks one before the operator is called, so that the operator itself sees the choice as an ordinary string argument and
+``torch.compile`` has nothing to guess.
+
+An implementation is a function of the operator's arguments; it may carry a function ``refuses`` of the same arguments
+that says in words why it cannot run them, or None (see ``refusing``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+# Read once, at import, and plain globals: torch.compile can trace neither find_spec nor a ContextVar.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_override: str | None = os.environ.get("MLOT_BACKEND") or None
+_explaining = False
+_warned = False
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that the caller named cannot run this call; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found. Printed, it is a table of the backends with the one that would run marked."""
+
+    operator: str
+    chosen: str | None  # None where the named backend cannot run the call
+    refusals: Mapping[str, str | None]  # backend -> why it cannot run this call; None where it can
+
+    def __str__(self) -> str:
+        lines = [f"mlot::{self.operator}"]
+        for name, reason in self.refusals.items():
+            lines.append(f"  {'*' if name == self.chosen else ' '} {name:<10} {reason or 'can run this call'}")
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator in this block, in the whole process, on backend ``name``; never falls back.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global _override
+    before, _override = _override, _known(name, "use_backend's name")
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
+    """Say which backend a call of an operator would use, and why each other one would not, without running it.
+
+    Args:
+        function: a public operator, e.g. ``mlot_kernels.rank_truncate``.
+        arguments, options: what it would be called with; they are checked as the call itself would check them.
+    """
+    global _explaining
+    before, _explaining = _explaining, True
+    try:
+        function(*arguments, **options)
+    except _Explained as answer:
+        return answer.explanation
+    finally:
+        _explaining = before
+    raise TypeError(f"explain takes an operator of mlot_kernels, got {function!r}, which called none")
+
+
+def refusing(implementation: F, refuses: Callable[..., str | None]) -> F:
+    """``implementation`` with a reason, in words, for each call that it cannot run."""
+    implementation.refuses = refuses  # type: ignore[attr-defined]
+    return implementation
+
+
+def resolve(
+    operator: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    arguments: Sequence[Any],
+    backend: str | None = None,
+) -> str:
+    """Name the backend for a call of ``operator`` with ``arguments``.
+
+    Strongest first: the ``backend`` argument, ``use_backend``, ``MLOT_BACKEND``, then the preference of the device of
+    the first tensor.
+
+    Raises:
+        BackendUnavailable: a backend was named and cannot run this call.
+        ValueError: there is no backend of that name.
+    """
+    device = next(argument.device.type for argument in arguments if isinstance(argument, torch.Tensor))
+    named = None
+    if backend is not None:
+        named = _known(backend, "backend")
+    elif _override is not None:
+        named = _known(_override, "MLOT_BACKEND")
+
+    if _explaining:
+        raise _Explained(_explanation(operator, implementations, arguments, device, named))
+    if named is not None:
+        if reason := _refusal(named, implementations, arguments, device):
+            usable = [name for name in implementations if not _refusal(name, implementations, arguments, device)]
+            raise BackendUnavailable(f"{operator}: backend '{named}': {reason}; usable here: {', '.join(usable)}")
+        return named
+    for name in PREFERENCE.get(device, ("reference",)):
+        if not _refusal(name, implementations, arguments, device):
+            if name == "reference" and device == "cuda":
+                _warn_of_reference(operator)
+            return name
+    raise BackendUnavailable(f"{operator}: no backend can run this call on {device}")
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+def _explanation(
+    operator: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    arguments: Sequence[Any],
+    device: str,
+    named: str | None,
+) -> Explanation:
+    refusals = {name: _refusal(name, implementations, arguments, device) for name in BACKENDS}
+    candidates = (named,) if named is not None else PREFERENCE.get(device, ("reference",))
+    chosen = next((name for name in candidates if refusals[name] is None), None)
+    return Explanation(operator, chosen, refusals)
+
+
+def _refusal(
+    name: str, implementations: Mapping[str, Callable[..., Any]], arguments: Sequence[Any], device: str
+) -> str | None:
+    """Why ``name`` cannot run this call; None where it can."""
+    if name not in implementations:
+        return f"not implemented for this operator (it has {', '.join(implementations)})"
+    if name == "triton":
+        if not _HAS_TRITON:
+            return "triton is not installed; pip install 'mlot-kernels[triton]'"
+        if device != "cuda" and not _INTERPRETED:
+            return f"the tensors are on {device}, it needs cuda"
+    if name in ("cpu", "cuda") and device != name:
+        return f"the tensors are on {device}, it needs {name}"
+    refuses = getattr(implementations[name], "refuses", None)
+    return refuses(*arguments) if refuses is not None else None
+
+
+def _known(name: str, what: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _warn_of_reference(operator: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"mlot_kernels: {operator} runs on the plain torch reference, right but slow: no GPU backend can run "
+            "this call. mlot_kernels.explain(...) says why; backend='reference' runs it without this warning.",
+            stacklevel=4,
+        )

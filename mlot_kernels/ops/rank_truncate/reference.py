@@ -1,0 +1,175 @@
+"""The definition, in plain torch: what every other backend is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlot_kernels.logits import (
+    counted_rows,
+    log_probabilities,
+    normalise,
+    row_statistics,
+    spread_rows,
+    values_gradient,
+)
+
+SCOPES = ("sequence", "batch", "token")
+
+
+def rank_truncate(
+    values: Tensor,
+    index: Tensor,
+    column_mask: Tensor | None,
+    log_scale: Tensor | None,
+    given: Tensor | None,
+    temperatures: Sequence[float],
+    standardize: bool,
+    vocab_size: int,
+    k: int,
+    scope: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable by autograd: ``log p`` ``[R, B, A, k]``, the columns, the kept mass ``[B, A]``.
+
+    Args:
+        given: columns that are taken as they are; None: the k first in the ranking at the first temperature.
+    """
+    at = [
+        log_probabilities(values, index, column_mask, log_scale, temperature, standardize, vocab_size)
+        for temperature in temperatures
+    ]
+    columns, poison = _columns(at[0], index, column_mask, given, k, scope)
+    kept = torch.stack([_gather(log_p, columns) for log_p in at]) + poison
+    behind = index < 0
+    return (
+        kept.masked_fill(behind[..., None], 0),
+        columns,
+        kept[0].exp().sum(-1).masked_fill(behind, 0),
+    )
+
+
+def rank(log_p: Tensor, index: Tensor, column_mask: Tensor | None, k: int, scope: str) -> tuple[Tensor, Tensor]:
+    """The k columns with the largest sums of probability, and these sums.
+
+    Args:
+        log_p: ``[B, A, V]``.
+
+    Returns:
+        ``[B, k]`` each, ``[B, A, k]`` for scope ``"token"``. Descending, lower index first among equals, NaN in front;
+        columns that ``column_mask`` leaves out come last.
+    """
+    p = log_p.exp().masked_fill((index < 0)[..., None], 0)
+    if scope == "token":
+        weight = p
+    elif scope == "sequence":
+        weight = p.sum(1)
+    else:
+        weight = p.sum((0, 1)).expand(p.shape[0], -1)
+    if column_mask is not None:
+        weight = weight.masked_fill(~column_mask[: p.shape[-1]], -1)
+    weight, order = weight.sort(dim=-1, descending=True, stable=True)
+    return order[..., :k].contiguous(), weight[..., :k]
+
+
+def forward(
+    values: Tensor,
+    index: Tensor,
+    column_mask: Tensor | None,
+    log_scale: Tensor | None,
+    given: Tensor | None,
+    temperatures: Sequence[float],
+    standardize: bool,
+    vocab_size: int,
+    k: int,
+    scope: str,
+) -> tuple[Tensor, ...]:
+    x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
+    behind = index < 0
+    peak, mean, scale, slope = row_statistics(x, standardize)
+    kept, log_totals, expecteds = [], [], []
+    columns, poison = torch.empty(0), torch.empty(0)
+    for r, temperature in enumerate(temperatures):
+        log_p, log_total, expected = normalise(x, peak, scale, temperature)
+        if log_scale is not None:
+            log_p = log_p + log_scale.to(log_p.dtype).masked_fill(behind, 0)[..., None]
+        if column_mask is not None:
+            log_p = log_p.masked_fill(~column_mask[:vocab_size], float("-inf"))
+        if r == 0:
+            columns, poison = _columns(log_p, index, column_mask, given, k, scope)
+        kept.append((_gather(log_p, columns) + poison).masked_fill(behind[..., None], 0))
+        log_totals.append(log_total)
+        expecteds.append(expected)
+    kept_mass = kept[0].exp().sum(-1)
+    saved = (peak, torch.stack(log_totals), torch.stack(expecteds), mean, scale, slope)
+    return (
+        torch.stack(kept),
+        columns,
+        *(output.masked_fill(behind, 0) for output in (kept_mass, *saved)),
+    )
+
+
+def backward(
+    grad_log_probabilities: Tensor,
+    grad_kept_mass: Tensor,
+    values: Tensor,
+    index: Tensor,
+    column_mask: Tensor | None,
+    columns: Tensor,
+    log_probabilities: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    expected: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    temperatures: Sequence[float],
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """``H = dl/dlog p`` on the kept columns, then the two sums of logits.py for each temperature."""
+    x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
+    behind = index < 0
+    scale = scale.masked_fill(behind, 1)
+    present = x != float("-inf")
+    outside = (columns < 0) | (columns >= vocab_size)
+    if column_mask is not None:
+        outside = outside | ~column_mask[columns.clamp(0, vocab_size - 1)]
+    slots = columns.clamp(0, vocab_size - 1)
+    if columns.dim() == 2:
+        outside, slots = (c[:, None].expand(-1, index.shape[1], -1) for c in (outside, slots))
+
+    dx = torch.zeros_like(x)
+    grad_log_scale = torch.zeros_like(peak)
+    for r, temperature in enumerate(temperatures):
+        H = grad_log_probabilities[r]  # [B, A, k]
+        if r == 0:
+            H = H + grad_kept_mass[..., None] * log_probabilities[0].exp()
+        H = H.masked_fill(outside | behind[..., None], 0)
+        total = H.sum(-1)
+        log_q = (x - peak[..., None]) / (temperature * scale[..., None]) - log_total[r][..., None]
+        dense = torch.zeros_like(x).scatter_add(2, slots, H)
+        shifted = (x - peak[..., None]).masked_fill(~present, 0)
+        W = (dense * shifted).sum(-1) - total * expected[r]
+        dx = dx + values_gradient(dense - log_q.exp() * total[..., None], W, x, mean, scale, slope, temperature)
+        grad_log_scale = grad_log_scale + total
+    return spread_rows(dx, values, index), grad_log_scale
+
+
+def _columns(
+    log_p: Tensor, index: Tensor, column_mask: Tensor | None, given: Tensor | None, k: int, scope: str
+) -> tuple[Tensor, Tensor]:
+    """The columns, and what is added to every log-probability so that a NaN shows in all that was ranked with it."""
+    if given is not None:
+        return given.clone(), log_p.new_zeros(())
+    columns, weight = rank(log_p.detach(), index, column_mask, k, scope)
+    poison = weight[..., :1] * 0  # NaN sorts first
+    return columns, poison if scope == "token" else poison[:, None]
+
+
+def _gather(log_p: Tensor, columns: Tensor) -> Tensor:
+    """``log_p`` ``[B, A, V]`` at ``columns``: ``[B, A, k]``, NaN where a column is none of the V."""
+    if columns.dim() == 2:
+        columns = columns[:, None].expand(-1, log_p.shape[1], -1)
+    outside = (columns < 0) | (columns >= log_p.shape[-1])
+    return log_p.gather(2, columns.clamp(0, log_p.shape[-1] - 1)).masked_fill(outside, float("nan"))

@@ -1,0 +1,95 @@
+"""The one place where operators enter ``torch.ops.mlot``.
+
+An operator is three torch ops. ``<op>_forward`` and ``<op>_backward`` have one implementation per backend and no
+autograd formula. ``<op>`` joins them through one ``autograd.Function``, for whoever calls ``torch.ops``; the public
+Python function applies the same Function directly, because ``torch.func`` cannot enter it through the dispatcher.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mlot_kernels import backends
+
+_library = torch.library.Library("mlot", "FRAGMENT")
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+Table = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator as the public functions call it and as the contract tests find it."""
+
+    name: str
+    function: type[torch.autograd.Function]
+    forward: Table
+    backward: Table
+
+    def __call__(self, *arguments: Any, backend: str | None) -> Any:
+        """Run on the backend that ``backend`` names, or on the best one for the first tensor's device."""
+        return self.function.apply(*arguments, backends.resolve(self.name, self.forward, arguments, backend))
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def raw_operator(schema: str, *, fake: Callable[..., Any], implementations: Table) -> Callable[..., Any]:
+    """Define an op with one implementation per backend and no gradient.
+
+    Args:
+        schema: torch schema whose last argument is ``str backend``, e.g. ``"f_forward(Tensor x, str backend) ->
+            Tensor"``.
+        fake: the outputs' shapes and dtypes; takes the schema's arguments as meta tensors.
+        implementations: backend name -> function of the schema's arguments without ``backend``.
+    """
+
+    def run(*arguments: Any) -> Any:
+        *inputs, backend = arguments
+        if backend not in implementations:  # only a caller of torch.ops comes here: the public functions resolve first
+            raise backends.BackendUnavailable(
+                f"mlot::{name}: no backend '{backend}' (it has {', '.join(implementations)})"
+            )
+        return implementations[backend](*inputs)
+
+    name = _define(schema, fake)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.mlot, name).default
+
+
+def differentiable_operator(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function],
+    forward: Table,
+    backward: Table,
+) -> Operator:
+    """Define the op that joins forward and backward: ``function.apply`` under autograd, its forward alone below it."""
+    name = _define(schema, fake)
+    _library.impl(name, function.apply, "Autograd")
+    _library.impl(name, function.forward, "CompositeExplicitAutograd")
+    OPERATORS[name] = Operator(name, function, forward, backward)
+    return OPERATORS[name]
+
+
+def lazy(path: str) -> Callable[..., Any]:
+    """A function named ``"module:function"`` that is imported at its first call."""
+    module, function = path.split(":")
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    return call
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> str:
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=_TAGS)
+    torch.library.register_fake(f"mlot::{name}", fake)
+    return name
