@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlot_kernels import backends
 
@@ -33,10 +34,20 @@ class Operator:
 
     def __call__(self, *arguments: Any, backend: str | None) -> Any:
         """Run on the backend that ``backend`` names, or on the best one for the first tensor's device."""
-        return self.function.apply(*arguments, backends.resolve(self.name, self.forward, arguments, backend))
+        return self.function.apply(*_distinct(arguments), backends.resolve(self.name, self.forward, arguments, backend))
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def _distinct(arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments, a tensor that comes twice as a view the second time: torch.compile refuses one for two inputs."""
+    distinct: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor) and any(argument is other for other in distinct):
+            argument = argument.view_as(argument)
+        distinct.append(argument)
+    return distinct
 
 
 def raw_operator(schema: str, *, fake: Callable[..., Any], implementations: Table) -> Callable[..., Any]:

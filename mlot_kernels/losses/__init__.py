@@ -1,0 +1,11 @@
+"""Losses: compositions of operators, as functions and as modules."""
+
+from mlot_kernels.losses.multi_level_ot import MultiLevelOTLoss, multi_level_ot_loss
+from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss, official_multi_level_ot_loss
+
+__all__ = [
+    "MultiLevelOTLoss",
+    "OfficialMultiLevelOTLoss",
+    "multi_level_ot_loss",
+    "official_multi_level_ot_loss",
+]

@@ -1,0 +1,77 @@
+"""What the losses share: their inputs' checks and their reductions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mlot_kernels import checks
+from mlot_kernels.rows import Rows
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def two_sides(student_logits: Any, teacher_logits: Any, token_weight: Any = None) -> None:
+    """Check the logits ``[B, T, V]`` of both sides, and the weight ``[B, T_student]`` of the student's tokens."""
+    checks.tensor("student_logits", student_logits, "[B, T, V]")
+    checks.tensor("teacher_logits", teacher_logits, "[B, T, V]")
+    if student_logits.shape[0] != teacher_logits.shape[0]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same batch size, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    if token_weight is not None:
+        checks.tensor("token_weight", token_weight, "[B, T]")
+        checks.sized("token_weight", token_weight, student_logits.shape[:2], "[B, T] as student_logits")
+    checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits, token_weight=token_weight)
+
+
+def vocabulary(name: str, size: int | None, logits: Tensor) -> int:
+    """The size of a side's vocabulary: ``size``, or the width of its logits."""
+    width = logits.shape[2]
+    return width if size is None else checks.integer(name, size, 1, width, "the width of its logits")
+
+
+def at_rows(weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor | None:
+    """``weight [B, T]`` at the counted rows: ``[B, A]`` in the dtype of ``like``, 0 beyond them."""
+    if weight is None:
+        return None
+    if weight.shape[1] == 0:
+        return like.new_zeros(rows.index.shape)
+    return weight.gather(1, rows.index.clamp(min=0)).to(like.dtype).masked_fill(~rows.counted, 0)
+
+
+def check_reduction(reduction: str, num_items_in_batch: Any = None) -> None:
+    checks.choice("reduction", reduction, REDUCTIONS)
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items_in_batch replaces the denominator of reduction='mean', got {reduction!r}; leave one of them out"
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(f"num_items_in_batch must hold one number, got shape {tuple(num_items_in_batch.shape)}")
+    else:
+        checks.number("num_items_in_batch", num_items_in_batch, above=0)
+
+
+def reduce(values: Tensor, weight: Tensor, reduction: str, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+    """Reduce a loss.
+
+    Args:
+        values: what is summed, 0 where nothing counts.
+        weight: of the same shape, what the mean's denominator sums; where that sum is 0 the mean is 0.
+        num_items_in_batch: replaces that denominator (gradient accumulation over several batches).
+    """
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if num_items_in_batch is None:
+        total = weight.sum()
+        return values.sum() / total.masked_fill(total == 0, 1)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(values).reshape(())
+    return values.sum() / num_items_in_batch

@@ -1,0 +1,269 @@
+"""Multi-Level Optimal Transport (AAAI 2025, arXiv 2412.14528): the loss as the paper defines it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mlot_kernels import checks
+from mlot_kernels.logits import Logits
+from mlot_kernels.losses.common import at_rows, check_reduction, reduce, two_sides, vocabulary
+from mlot_kernels.ops.pairwise_cost import pairwise_cost
+from mlot_kernels.ops.rank_truncate import Ranked, rank_truncate
+from mlot_kernels.ops.rank_truncate.reference import SCOPES
+from mlot_kernels.ops.sinkhorn import sinkhorn
+from mlot_kernels.rows import Pairing, Rows, pair
+
+if TYPE_CHECKING:
+    from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss
+
+MATCHINGS = ("sum",)
+
+
+def multi_level_ot_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_labels: Tensor | Rows | None = None,
+    teacher_labels: Tensor | Rows | None = None,
+    *,
+    k: int = 50,
+    scope: str = "sequence",
+    matching: str = "sum",
+    absolute_weight: float = 1.0,
+    logarithmic_weight: float = 0.1,
+    transport_weight: float = 0.1,
+    transport_temperature: float = 2.0,
+    epsilon: float = 0.1,
+    iterations: int = 20,
+    marginals: str = "unit",
+    shift: int = 1,
+    student_vocab_size: int | None = None,
+    teacher_vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_items_in_batch: Tensor | float | None = None,
+    token_weight: Tensor | None = None,
+    return_components: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """The Multi-Level-OT loss of the paper; the defaults are the paper's.
+
+    Both sides are softmaxed at temperature 1, each keeps the k columns with the largest sums over its own counted rows,
+    and nothing is renormalised. With t and s the kept probabilities of paired rows, per sequence::
+
+        absolute_difference = sum_rows sum_k |t - s|                       (Eq. 14)
+        logarithmic         = -sum_rows sum_k t log s                      (Eq. 16)
+        transport           = <P, C>,  C_ij = sum_k |t'_i - s'_j|          (Eq. 20)
+        loss = absolute_difference + 0.1 logarithmic + 0.1 transport
+
+    where t', s' are the probabilities of all rows at the same columns at temperature 2, and P comes from Sinkhorn's
+    iteration on C with rows = teacher, columns = student. Neither alpha = 0.15 nor the cross-entropy is inside.
+
+    Args:
+        student_logits: ``[B, T_s, V_s]``, teacher_logits: ``[B, T_t, V_t]``; float16, bfloat16, float32 or float64, the
+            two may differ in everything but B. Lower precisions are computed in float32.
+        student_labels, teacher_labels: which rows count: integers ``[B, T]`` (-100 is ignored), a bool mask ``[B, T]``,
+            ``Rows``, or None for all. Row i of answer span r on one side is paired with row i of span r on the other; a
+            sequence whose two sides have different numbers of spans gives NaN.
+        k: columns kept; at most the smaller vocabulary, to which it is lowered.
+        scope: what is ranked together: ``"sequence"``, ``"batch"`` or ``"token"``, see ``rank_truncate``.
+        matching: how the student's columns meet the teacher's. ``"sum"``: each side in the order of its own sums.
+        absolute_weight, logarithmic_weight, transport_weight: of the three terms.
+        transport_temperature: of the transport term's features.
+        epsilon, iterations, marginals: of the transport term, see ``sinkhorn``.
+        shift: how far integer labels lie behind the rows that predict them: 1 as a model takes them, 0 for shifted
+            ones.
+        student_vocab_size, teacher_vocab_size: columns from here on are padding and take no part; None: all count.
+        reduction: ``"none"`` ``[B]``, ``"sum"``, or ``"mean"`` over the sequences that have a counted pair.
+        num_items_in_batch: replaces the mean's denominator.
+        token_weight: ``[B, T_s]``, weights of the student's positions: multiplies each paired row of the first two
+            terms and each student column of the transport term.
+        return_components: also return a dict of detached scalars: ``absolute_difference``, ``logarithmic`` and
+            ``transport`` before their weights, reduced as the mean; ``student_mass`` and ``teacher_mass``, the mean
+            kept probability of a counted row; ``rows``, the number of paired rows.
+        backend: run all operators on this backend or raise.
+
+    Returns:
+        The loss, float32 (float64 where either side is float64), differentiable with respect to both sides' logits; or
+        ``(loss, components)``.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, dtype, shape, device or value.
+        BackendUnavailable: ``backend`` cannot run this call.
+    """
+    _check_options(k, scope, matching, reduction, num_items_in_batch)
+    two_sides(student_logits, teacher_logits, token_weight)
+    student_rows = Rows.of(student_labels, student_logits, shift=shift, name="student_labels")
+    teacher_rows = Rows.of(teacher_labels, teacher_logits, shift=shift, name="teacher_labels")
+    V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)
+    V_t = vocabulary("teacher_vocab_size", teacher_vocab_size, teacher_logits)
+
+    student, teacher = (
+        rank_truncate(
+            Logits(logits, rows, vocab_size=size),
+            k=min(k, V_s, V_t),
+            scope=scope,
+            also_at=(checks.number("transport_temperature", transport_temperature, above=0),),
+            backend=backend,
+        )
+        for logits, rows, size in ((student_logits, student_rows, V_s), (teacher_logits, teacher_rows, V_t))
+    )
+    pairs = pair(student_rows, teacher_rows)
+    absolute, logarithmic = _paired_terms(student, teacher, pairs, token_weight)  # [B]
+    cost = pairwise_cost(
+        teacher.log_probabilities[1].exp(), student.log_probabilities[1].exp(), metric="l1", backend=backend
+    )  # [B, A_t, A_s]
+    transport = sinkhorn(
+        cost,
+        epsilon=epsilon,
+        iterations=iterations,
+        marginals=marginals,
+        row_lengths=teacher_rows.count,
+        column_lengths=student_rows.count,
+        column_weight=at_rows(token_weight, student_rows, cost),
+        backend=backend,
+    ).cost
+
+    paired = pairs.student.count > 0
+    terms = [term.masked_fill(~paired, 0) for term in (absolute, logarithmic, transport)]
+    weights = (absolute_weight, logarithmic_weight, transport_weight)
+    names = ("absolute_weight", "logarithmic_weight", "transport_weight")
+    per_sequence = sum(
+        checks.number(name, weight) * term for name, weight, term in zip(names, weights, terms, strict=True)
+    )
+    # A factor, not a summand: the gradient of a mismatched sequence must show it, too.
+    per_sequence = per_sequence + transport * torch.zeros_like(transport).masked_fill(pairs.mismatched, float("nan"))
+    loss = reduce(per_sequence, paired, reduction, num_items_in_batch)
+    if not return_components:
+        return loss
+    reduced = (reduce(term.detach(), paired, "mean", num_items_in_batch) for term in terms)
+    components = dict(zip(("absolute_difference", "logarithmic", "transport"), reduced, strict=True))
+    for name, ranked, rows in (("student_mass", student, student_rows), ("teacher_mass", teacher, teacher_rows)):
+        components[name] = reduce(ranked.kept_mass.detach(), rows.counted, "mean")
+    components["rows"] = pairs.student.count.sum()
+    return loss, components
+
+
+def _check_options(
+    k: int, scope: str, matching: str, reduction: str, num_items_in_batch: Tensor | float | None = None
+) -> None:
+    checks.integer("k", k, 1)
+    checks.choice("scope", scope, SCOPES)
+    checks.choice("matching", matching, MATCHINGS)
+    check_reduction(reduction, num_items_in_batch)
+
+
+def _paired_terms(
+    student: Ranked, teacher: Ranked, pairs: Pairing, token_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``sum |t - s|`` and ``-sum t log s`` over the paired rows and the k columns, ``[B]`` each."""
+    log_s, log_t = (
+        ranked.log_probabilities[0].gather(1, slot[..., None].expand(-1, -1, ranked.log_probabilities.shape[-1]))
+        if ranked.log_probabilities.shape[2]
+        else ranked.log_probabilities.new_zeros(*slot.shape, ranked.log_probabilities.shape[-1])
+        for ranked, slot in ((student, pairs.student_slot), (teacher, pairs.teacher_slot))
+    )  # [B, A, k]
+    s, t = log_s.exp(), log_t.exp()
+    absolute = (t - s).abs().sum(-1)  # [B, A]
+    logarithmic = -torch.where(t == 0, 0, t * log_s.masked_fill(t == 0, 0)).sum(-1)  # 0 * -inf is 0 here
+    weight = at_rows(token_weight, pairs.student, absolute)
+    terms = (absolute, logarithmic) if weight is None else (absolute * weight, logarithmic * weight)
+    unpaired = ~pairs.student.counted
+    return terms[0].masked_fill(unpaired, 0).sum(1), terms[1].masked_fill(unpaired, 0).sum(1)
+
+
+class MultiLevelOTLoss(nn.Module):
+    """The Multi-Level-OT loss; the options are those of ``multi_level_ot_loss``, and their defaults the paper's.
+
+    ``MultiLevelOTLoss.paper()`` is the default by name; ``MultiLevelOTLoss.official()`` is what the published code
+    computes, for those who must reproduce it.
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 50,
+        scope: str = "sequence",
+        matching: str = "sum",
+        absolute_weight: float = 1.0,
+        logarithmic_weight: float = 0.1,
+        transport_weight: float = 0.1,
+        transport_temperature: float = 2.0,
+        epsilon: float = 0.1,
+        iterations: int = 20,
+        marginals: str = "unit",
+        shift: int = 1,
+        student_vocab_size: int | None = None,
+        teacher_vocab_size: int | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(k, scope, matching, reduction)
+        self.options: dict[str, Any] = {
+            "k": k,
+            "scope": scope,
+            "matching": matching,
+            "absolute_weight": absolute_weight,
+            "logarithmic_weight": logarithmic_weight,
+            "transport_weight": transport_weight,
+            "transport_temperature": transport_temperature,
+            "epsilon": epsilon,
+            "iterations": iterations,
+            "marginals": marginals,
+            "shift": shift,
+            "student_vocab_size": student_vocab_size,
+            "teacher_vocab_size": teacher_vocab_size,
+            "reduction": reduction,
+            "backend": backend,
+        }
+
+    @classmethod
+    def paper(cls) -> MultiLevelOTLoss:
+        """The loss as the paper defines it."""
+        return cls()
+
+    @staticmethod
+    def official(
+        revision: str = "712cfb4",
+        skip_student_eos: bool = False,
+        skip_teacher_eos: bool = False,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+    ) -> OfficialMultiLevelOTLoss:
+        """What the published code computes at ``revision``, with every defect that changes a value."""
+        from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss
+
+        return OfficialMultiLevelOTLoss(
+            revision=revision,
+            skip_student_eos=skip_student_eos,
+            skip_teacher_eos=skip_teacher_eos,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        student_labels: Tensor | Rows | None = None,
+        teacher_labels: Tensor | Rows | None = None,
+        *,
+        num_items_in_batch: Tensor | float | None = None,
+        token_weight: Tensor | None = None,
+        return_components: bool = False,
+    ) -> Any:
+        return multi_level_ot_loss(
+            student_logits,
+            teacher_logits,
+            student_labels,
+            teacher_labels,
+            **self.options,
+            num_items_in_batch=num_items_in_batch,
+            token_weight=token_weight,
+            return_components=return_components,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
