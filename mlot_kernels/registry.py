@@ -66,7 +66,11 @@ def raw_operator(schema: str, *, fake: Callable[..., Any], implementations: Tabl
             raise backends.BackendUnavailable(
                 f"mlot::{name}: no backend '{backend}' (it has {', '.join(implementations)})"
             )
-        return implementations[backend](*inputs)
+        device = next(argument.device.type for argument in inputs if isinstance(argument, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return implementations[backend](*inputs)
+        with torch.autocast(device, enabled=False):  # plain torch inside would round its matrix products
+            return implementations[backend](*inputs)
 
     name = _define(schema, fake)
     _library.impl(name, run, "CompositeExplicitAutograd")

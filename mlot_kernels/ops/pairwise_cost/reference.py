@@ -37,7 +37,7 @@ def forward(x: Tensor, y: Tensor, metric: str) -> Tensor:
 def backward(grad: Tensor, x: Tensor, y: Tensor, metric: str, x_needed: bool, y_needed: bool) -> tuple[Tensor, Tensor]:
     """Each metric's derivative summed over the other side; a side that is not needed comes back empty."""
     wide = grad.dtype
-    grad_x, grad_y = [], torch.zeros_like(y, dtype=wide)
+    grad_x, grad_y = [], y.new_zeros(y.shape, dtype=wide)
     start = 0
     for rows in _tiles(x, y):
         G = grad[:, start : start + rows.shape[1], :, None]  # [B, rows, N, 1]
@@ -66,7 +66,7 @@ def _derivatives(G: Tensor, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, 
         return -G * torch.where(dead & (y == 0), 1, y).log(), -torch.where(dead, 0, G * x / y)
     difference = x - y
     if metric == "l1":
-        for_x = G * difference.sign()
+        for_x = G * torch.where(difference.isnan(), difference, difference.sign())  # sign of NaN is 0
     elif metric == "sqeuclidean":
         for_x = 2 * G * difference
     else:

@@ -64,20 +64,11 @@ class RowEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_values, grad_log_scale = _backward(
-            grad.contiguous(), *ctx.saved_tensors, ctx.temperature, ctx.vocab_size, ctx.backend
-        )
-        log_scale = ctx.saved_tensors[3]
-        return (
-            grad_values,
-            None,
-            None,
-            None if log_scale is None else grad_log_scale.to(log_scale.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them a single time
+        grad_values, grad_log_scale = _backward(grad.contiguous(), *saved, ctx.temperature, ctx.vocab_size, ctx.backend)
+        log_scale = saved[3]
+        for_scale = None if log_scale is None else grad_log_scale.to(log_scale.dtype)
+        return grad_values, None, None, for_scale, None, None, None, None
 
 
 _operator = differentiable_operator(

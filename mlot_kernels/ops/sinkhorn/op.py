@@ -140,12 +140,13 @@ class Sinkhorn(torch.autograd.Function):
     def backward(
         ctx: Any, grad_transported: Tensor, grad_regularized: Tensor, grad_plan: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        cost, row_marginal, column_marginal, _, _, column_weight, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them a single time
+        cost, row_marginal, column_marginal, _, _, column_weight, *_ = saved
         gradients = _backward(
             grad_transported.contiguous(),
             grad_regularized.contiguous(),
             grad_plan.contiguous(),
-            *ctx.saved_tensors,
+            *saved,
             *ctx.options,
         )
         inputs = (cost, row_marginal, column_marginal, column_weight)

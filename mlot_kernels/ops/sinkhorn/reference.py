@@ -52,7 +52,7 @@ def problem(
         assert row_marginal is not None
         assert column_marginal is not None
         log_a, log_b = (
-            marginal.to(wide).masked_fill(~side, 1).log()
+            torch.where((marginal == 0) | ~side, 0, marginal.to(wide)).log()  # where: no gradient at 0
             for marginal, side in ((row_marginal, rows), (column_marginal, columns))
         )
     elif marginals == "uniform":
@@ -95,7 +95,7 @@ def sinkhorn(
     for _ in range(iterations):
         F = _log_step(p.log_a, p.kernel, G[:, None, :], 2)
         G = _log_step(p.log_b, p.kernel, F[:, :, None], 1)
-    return _values(p, F, G, column_weight, epsilon)
+    return _values(p, F[:, :, None] + p.kernel + G[:, None, :], column_weight, epsilon)
 
 
 def _log_step(log_marginal: Tensor, kernel: Tensor, other: Tensor, dimension: int) -> Tensor:
@@ -106,15 +106,18 @@ def _log_step(log_marginal: Tensor, kernel: Tensor, other: Tensor, dimension: in
 
 
 def _values(
-    p: Problem, F: Tensor, G: Tensor, column_weight: Tensor | None, epsilon: float
+    p: Problem, log_plan: Tensor, column_weight: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    log_plan = F[:, :, None] + p.kernel + G[:, None, :]
     plan = log_plan.exp()
     carried = plan != 0
     moved = torch.where(carried, plan * p.cost.masked_fill(~carried, 0), plan)  # 0 * inf is 0 here; a NaN stays
-    surprise = (log_plan - p.log_a[:, :, None] - p.log_b[:, None, :]).masked_fill(~carried, 0)
-    regularized = moved.sum((1, 2)) + epsilon * (plan * surprise).sum((1, 2))
+    regularized = moved.sum((1, 2)) + epsilon * (plan * _surprise(p, log_plan, carried)).sum((1, 2))
     return _weighted(moved, column_weight, p.columns).sum((1, 2)), regularized, plan
+
+
+def _surprise(p: Problem, log_plan: Tensor, carried: Tensor) -> Tensor:
+    """``log(P / (a b^T))``, 0 where nothing is carried."""
+    return (log_plan - p.log_a[:, :, None] - p.log_b[:, None, :]).masked_fill(~carried, 0)
 
 
 def _weighted(moved: Tensor, column_weight: Tensor | None, columns: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def forward(
     else:
         rows, columns, done = solved[0]
     F, G = rows[:, -1], columns[:, -1]
-    transported, regularized, plan = _values(p, F, G, column_weight, epsilon)
+    transported, regularized, plan = _values(p, _log_plan(p, F), column_weight, epsilon)
     kept = gradient == "unrolled"
     return (
         transported,
@@ -169,6 +172,17 @@ def forward(
         if kept
         else columns.new_empty(columns.shape[0], 0, columns.shape[2]),
     )
+
+
+def _log_plan(p: Problem, F: Tensor) -> Tensor:
+    """log P after a column step: ``log b`` and a log-softmax, which keeps column sums exact however large F is."""
+    return p.log_b[:, None, :] + _log_softmax(p.kernel + F[:, :, None], 1)
+
+
+def _log_softmax(x: Tensor, dimension: int) -> Tensor:
+    """-inf where a whole column or row is -inf."""
+    nothing = (x == float("-inf")).all(dimension, keepdim=True)
+    return x.masked_fill(nothing, 0).log_softmax(dimension).masked_fill(nothing, float("-inf"))
 
 
 def prefers_scaling(p: Problem, epsilon: float) -> Tensor:
@@ -279,27 +293,22 @@ def backward(
     ``"envelope"``, ``dregularized/dC = P``.
     """
     p = problem(cost, row_marginal, column_marginal, row_lengths, column_lengths, epsilon, marginals)
-    F, G = (
-        (potential / epsilon).masked_fill(~side, float("-inf"))
-        for potential, side in ((row_potential, p.rows), (column_potential, p.columns))
-    )
-    if gradient == "unrolled":
-        row_history = row_history.masked_fill(~p.rows[:, None], float("-inf"))
-        column_history = column_history.masked_fill(~p.columns[:, None], float("-inf"))
-        F, G = row_history[:, -1], column_history[:, -1]
-    log_plan = F[:, :, None] + p.kernel + G[:, None, :]
+    F = row_history[:, -1] if gradient == "unrolled" else row_potential / epsilon
+    log_plan = _log_plan(p, F.masked_fill(~p.rows, float("-inf")))
     plan = log_plan.exp()
     carried = plan != 0
     finite_cost = p.cost.masked_fill(~carried, 0)
     grad_cost, grad_regularized = grad_cost[:, None, None], grad_regularized[:, None, None]
     grad_weight = (grad_cost * plan * finite_cost).sum(1)
-    no_marginals = torch.zeros_like(F), torch.zeros_like(G)
+    no_marginals = torch.zeros_like(p.log_a), torch.zeros_like(p.log_b)
     if gradient == "envelope":
         return grad_regularized * plan, *no_marginals, torch.zeros_like(grad_weight)
 
-    weight = torch.ones_like(G) if column_weight is None else column_weight.to(G.dtype).masked_fill(~p.columns, 0)
+    weight = torch.ones_like(p.log_b)
+    if column_weight is not None:
+        weight = column_weight.to(weight.dtype).masked_fill(~p.columns, 0)
     direct = plan * (grad_cost * weight[:, None, :] + grad_regularized)
-    surprise = (log_plan - p.log_a[:, :, None] - p.log_b[:, None, :]).masked_fill(~carried, 0)
+    surprise = _surprise(p, log_plan, carried)
     W = grad_cost * weight[:, None, :] * finite_cost + grad_regularized * (finite_cost + epsilon * (surprise + 1))
     if return_plan:
         W = W + grad_plan
@@ -332,28 +341,23 @@ def _unrolled(
 
     With Q_l = exp(F_l + X + G_l) / b and R_l = exp(F_l + X + G_(l-1)) / a, from G_bar = S^T 1 on:
     ``F_bar = [l is the last] S 1 - Q_l G_bar``, ``G_bar <- -R_l^T F_bar``, ``X_bar -= Q_l diag(G_bar) + diag(F_bar)
-    R_l``.
+    R_l``. A step makes Q's columns and R's rows sum to 1: as softmaxes of X + F_l and of X + G_(l-1) they do so to
+    rounding, where exp of the sum would carry the rounding of log-scalings as large as range(C) / epsilon.
     """
     X_bar, G_bar = S, S.sum(1)
     log_a_bar, log_b_bar = torch.zeros_like(p.log_a), torch.zeros_like(p.log_b)
     for step in range(row_history.shape[1], 0, -1):
         taken, last = (done >= step)[:, None], (done == step)[:, None]
-        F, G = row_history[:, step - 1, :, None], column_history[:, step - 1, None, :]
-        G_before = column_history[:, step - 2, None, :] if step > 1 else torch.zeros_like(G)
-        Q = (F + p.kernel + _less(G, p.log_b[:, None, :])).exp()
-        R = (_less(F, p.log_a[:, :, None]) + p.kernel + G_before).exp()
-        F_bar = torch.where(last, S.sum(2), 0) - (Q @ G_bar[:, :, None]).squeeze(2)
-        F_bar = torch.where(taken, F_bar, 0)
+        F = row_history[:, step - 1].masked_fill(~p.rows, float("-inf"))
+        G_before = column_history[:, step - 2] if step > 1 else torch.zeros_like(G_bar)
+        Q = _log_softmax(p.kernel + F[:, :, None], 1).exp()
+        R = _log_softmax(p.kernel + G_before[:, None, :], 2).exp()
         G_bar_now = torch.where(taken, G_bar, 0)
+        F_bar = torch.where(last, S.sum(2), 0) - (Q @ G_bar_now[:, :, None]).squeeze(2)
         X_bar = X_bar - Q * G_bar_now[:, None, :] - F_bar[:, :, None] * R
         log_a_bar, log_b_bar = log_a_bar + F_bar, log_b_bar + G_bar_now
         G_bar = torch.where(taken, -(F_bar[:, None, :] @ R).squeeze(1), G_bar)
     return X_bar, log_a_bar, log_b_bar
-
-
-def _less(log_scaling: Tensor, log_marginal: Tensor) -> Tensor:
-    """The difference; -inf where the marginal is 0 and both are -inf."""
-    return torch.where(log_marginal == float("-inf"), log_marginal, log_scaling - log_marginal)
 
 
 def _implicit(S: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,380 @@
+"""The promises of every operator on every backend, one function each; ``test_contract.py`` runs them over the registry.
+
+``test_contract_can_fail.py`` breaks each promise on purpose and sees it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlot_kernels.cases import Case
+from mlot_kernels.registry import Operator
+
+DOUBLE_TOLERANCE = 1e-10
+# What waits for a GPU: reading a value, or a shape that depends on values.
+SYNCHRONISING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique_dim",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::repeat_interleave.Tensor",
+    "aten::bincount",
+}
+
+
+def cases_of(operator: Operator, dtype: torch.dtype, device: str) -> list[Case]:
+    return importlib.import_module(f"mlot_kernels.ops.{operator.name}.cases").cases(dtype, device)
+
+
+def run(case: Case, backend: str | None, inputs: tuple[Tensor, ...] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients of a case for fixed upstream gradients."""
+    return _differentiate(lambda x: case.call(x, backend), case.inputs if inputs is None else inputs)
+
+
+def _differentiate(
+    function: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    outputs = function(leaves)
+    gradients = torch.autograd.grad(outputs, leaves, _upstream(outputs))
+    return [y.detach() for y in outputs], list(gradients)
+
+
+def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients in -1..2, the same for every implementation, precision and device."""
+    generator = torch.Generator().manual_seed(3)
+    draw = (torch.rand(y.shape, generator=generator, dtype=torch.float64) * 3 - 1 for y in outputs)
+    return [w.to(y) for w, y in zip(draw, outputs, strict=True)]
+
+
+def fidelity(case: Case, backend: str) -> None:
+    """No row's error exceeds twice that of the definition in the same precision, but for rounding of the output."""
+    outputs, gradients = run(case, backend)
+    true_outputs, true_gradients = _differentiate(case.definition, tuple(x.double() for x in case.inputs))
+    plain_outputs, plain_gradients = _differentiate(case.definition, case.inputs)
+    scales: list[Any] = [0.0] * len(outputs) + list(case.gradient_scale(case.inputs))
+    rows = [*case.output_rows, *case.input_rows]
+    for i, (ours, plain, truth) in enumerate(
+        zip(outputs + gradients, plain_outputs + plain_gradients, true_outputs + true_gradients, strict=True)
+    ):
+        what = f"output {i}" if i < len(outputs) else f"gradient {i - len(outputs)}"
+        assert ours.dtype == plain.dtype, what
+        assert ours.shape == truth.shape, what
+        if ours.numel() == 0:
+            continue
+        largest = _per_row(truth.masked_fill(~truth.isfinite(), 0).abs(), rows[i])
+        error, plain_error = (_per_row(_difference(x.double(), truth), rows[i]) for x in (ours, plain))
+        accumulator = torch.promote_types(ours.dtype, torch.float32)
+        bound = 4 * case.condition * torch.finfo(accumulator).eps * largest
+        if case.inputs[0].dtype == torch.float64:
+            bound = bound + DOUBLE_TOLERANCE * max(1.0, case.condition) * largest + 1e-14 * scales[i]
+        else:
+            bound = bound + 2 * plain_error + torch.finfo(ours.dtype).eps * largest
+            bound = bound + 1e-6 * (1.0 if i < len(outputs) else 2 * scales[i])  # upstream gradients reach 2
+        assert (error <= bound).all(), (
+            f"{what}: error {error.max():.3g}, plain torch's {plain_error.max():.3g}, "
+            f"{(error - bound).max():.3g} too much"
+        )
+
+
+def _difference(x: Tensor, truth: Tensor) -> Tensor:
+    """|x - truth|; 0 where both are the same infinity or NaN, inf where only one is finite."""
+    same = (x == truth) | (x.isnan() & truth.isnan())
+    return torch.where(same, 0, (x - truth).abs().nan_to_num(nan=float("inf")))
+
+
+def _per_row(x: Tensor, rows: int) -> Tensor:
+    """The largest element of each row."""
+    return x if x.dim() <= rows else x.flatten(rows).amax(-1)
+
+
+def determinism(case: Case, backend: str) -> None:
+    """Two runs agree to the bit, on any number of threads (reference: on the same number)."""
+    first = run(case, backend)
+    _same(run(case, backend), first, exact=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        _same(run(case, backend), first, exact=backend != "reference")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def independence(case: Case, backend: str) -> None:
+    """A sequence alone gives what it gives in its batch: to the bit (reference: to rounding)."""
+    assert case.sequence is not None
+    outputs, gradients = run(case, backend)
+    upstream = _upstream(tuple(outputs))
+    for b in range(case.inputs[0].shape[0]):
+        alone = case.sequence(b)
+        leaves = tuple(x.detach().requires_grad_() for x in alone.inputs)
+        single = alone.call(leaves, backend)
+        weights = [w.narrow(d, b, 1) for w, d in zip(upstream, case.batch_dimensions, strict=True)]
+        single_gradients = torch.autograd.grad(single, leaves, weights)
+        expected = [y.narrow(d, b, 1) for y, d in zip(outputs, case.batch_dimensions, strict=True)]
+        _same(
+            (list(single), list(single_gradients)),
+            (expected, [g[b : b + 1] for g in gradients]),
+            exact=backend != "reference",
+        )
+
+
+def uncounted(case: Case, backend: str) -> None:
+    """NaN and inf where nothing counts change no bit, and the gradient there is 0."""
+    assert case.uncounted is not None
+    poisoned = case.uncounted(case.inputs)
+    outputs, gradients = run(case, backend)
+    poisoned_outputs, poisoned_gradients = run(case, backend, poisoned)
+    _same((poisoned_outputs, poisoned_gradients), (outputs, gradients), exact=True)
+    for x, gradient in zip(poisoned, poisoned_gradients, strict=True):
+        assert (gradient[~x.isfinite()] == 0).all()
+
+
+def nan_shows(case: Case, backend: str) -> None:
+    """A NaN that counts shows in its sequence, in every output and in a gradient, and in no other sequence."""
+    assert case.counted is not None
+    outputs, gradients = run(case, backend)
+    values = case.inputs[0].clone()
+    values[case.counted] = float("nan")
+    bad_outputs, bad_gradients = run(case, backend, (values, *case.inputs[1:]))
+    for y, d in zip(bad_outputs, case.batch_dimensions, strict=True):
+        assert y.select(d, 0).isnan().any(), case.name
+    assert any(gradient[0].isnan().any() for gradient in bad_gradients)
+    if case.sequence is None:
+        return
+    rest = slice(1, None)
+    others = [y.transpose(0, d)[rest] for y, d in zip(outputs, case.batch_dimensions, strict=True)]
+    bad_others = [y.transpose(0, d)[rest] for y, d in zip(bad_outputs, case.batch_dimensions, strict=True)]
+    _same((bad_others, [g[rest] for g in bad_gradients]), (others, [g[rest] for g in gradients]), exact=True)
+
+
+def gradcheck(case: Case, backend: str) -> None:
+    """Finite differences in float64; columns at -inf have no derivative and are left out."""
+
+    def finite(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.masked_fill(~y.isfinite(), 0) for y in case.call(inputs, backend))
+
+    torch.autograd.gradcheck(finite, tuple(x.detach().requires_grad_() for x in case.inputs), fast_mode=True)
+
+
+def memory(operator: Operator, case: Case, backend: str) -> None:
+    """Beside its outputs and gradients a call holds no more than ``case.memory`` floats at any time."""
+    assert case.memory is not None
+    with _inside(operator, backend, Allocations) as meters:
+        run(case, backend)
+    assert meters, "the backend did not run"
+    for meter in meters:
+        extra = meter.peak - meter.kept
+        assert extra <= 4 * case.memory, f"{extra} bytes beside the outputs, {4 * case.memory} allowed"
+
+
+def no_host_sync(operator: Operator, case: Case, backend: str) -> None:
+    """Nothing waits for the device: no operator is called that would; on a GPU, a CUDA graph captures the call."""
+    with _inside(operator, backend, NoHostSync) as modes:
+        run(case, backend)
+    assert modes, "the backend did not run"
+    with NoHostSync():  # what the public function does around it
+        run(case, backend)
+    if case.inputs[0].device.type == "cuda":
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            run(case, backend)
+
+
+def opcheck(operator: Operator, case: Case, backend: str) -> None:
+    """torch's own checks of the three ops: schema, fakes, autograd registration, tracing."""
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def recorded(table: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[table] = arguments
+            return function(*arguments)
+
+        return call
+
+    with _replaced(operator, backend, recorded):
+        run(case, backend)
+    floats = [x.data_ptr() for x in case.inputs]
+    joined = tuple(
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and x.data_ptr() in floats else x
+        for x in calls["forward"]
+    )
+    detached = {
+        table: tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        for table, arguments in calls.items()
+    }
+    for name, arguments in (
+        (operator.name, joined),
+        (f"{operator.name}_forward", detached["forward"]),
+        (f"{operator.name}_backward", detached["backward"]),
+    ):
+        torch.library.opcheck(getattr(torch.ops.mlot, name).default, (*arguments, backend))
+
+
+def composes(case: Case, backend: str) -> None:
+    """torch.func, autocast, checkpointing and a second backward through one graph give the same."""
+    outputs, gradients = run(case, backend)
+    upstream = _upstream(tuple(outputs))
+
+    def total(*inputs: Tensor) -> Tensor:
+        return sum(
+            (y.masked_fill(~y.isfinite(), 0) * w).sum()
+            for y, w in zip(case.call(inputs, backend), upstream, strict=True)
+        )  # type: ignore[return-value]
+
+    everything = tuple(range(len(case.inputs)))
+    by_func, value = torch.func.grad_and_value(total, argnums=everything)(*case.inputs)
+    _same(([value], list(by_func)), ([total(*case.inputs)], gradients), exact=True)
+
+    with torch.autocast(case.inputs[0].device.type, dtype=torch.bfloat16):
+        cast = run(case, backend)
+    _same(cast, (outputs, gradients), exact=True)
+
+    leaves = tuple(x.detach().requires_grad_() for x in case.inputs)
+    stored = torch.utils.checkpoint.checkpoint(total, *leaves, use_reentrant=False)
+    _same(([], list(torch.autograd.grad(stored, leaves))), ([], gradients), exact=True)
+
+    live = case.call(leaves, backend)
+    for _ in range(2):
+        again = torch.autograd.grad(live, leaves, upstream, retain_graph=True)
+        _same(([], list(again)), ([], gradients), exact=True)
+
+
+def compiles(cases: list[Case], backend: str, compiler: str) -> None:
+    """``torch.compile(fullgraph=True)`` traces the call, at several sizes, and the result is the same."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for case in cases:
+            compiled = torch.compile(
+                lambda inputs, case=case: case.call(inputs, backend), fullgraph=True, dynamic=True, backend=compiler
+            )
+            _same(_differentiate(compiled, case.inputs), run(case, backend), exact=True)
+
+
+def refuses_other_backends(operator: Operator, case: Case, backend: str) -> None:
+    """A backend that is named runs or raises, and the message says what could run; nothing falls back."""
+    from mlot_kernels import BackendUnavailable, use_backend
+    from mlot_kernels.backends import BACKENDS
+
+    for other in set(BACKENDS) - set(operator.forward):
+        with pytest.raises(BackendUnavailable, match=rf"{operator.name}.*'{other}'.*usable here: .*{backend}"):
+            case.call(case.inputs, other)
+        with use_backend(other), pytest.raises(BackendUnavailable):
+            case.call(case.inputs, None)
+    with pytest.raises(ValueError, match="backend must be one of reference"):
+        case.call(case.inputs, "fastest")
+
+
+def refuses_distributed_tensors(case: Case) -> None:
+    """A DTensor is named, with a way out, in every place that takes a tensor."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for i in range(len(case.inputs)):
+        spread = DTensor.from_local(case.inputs[i].cpu(), mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"is a DTensor.*to_local"):
+            case.call((*case.inputs[:i], spread, *case.inputs[i + 1 :]), None)
+
+
+def _same(ours: tuple[list[Tensor], list[Tensor]], expected: tuple[list[Tensor], list[Tensor]], *, exact: bool) -> None:
+    for kind, x, y in zip(("outputs", "gradients"), ours, expected, strict=True):
+        for i, (a, b) in enumerate(zip(x, y, strict=True)):
+            wide = torch.promote_types(a.dtype, torch.float32)
+            last_places = 0 if exact else 64 * torch.finfo(wide).eps + (a.dtype != wide) * 2 * torch.finfo(a.dtype).eps
+            largest = float(b.detach().nan_to_num(0, 0, 0).abs().max()) if b.numel() else 0.0
+            torch.testing.assert_close(
+                a.detach(),
+                b.detach(),
+                rtol=0,
+                atol=last_places * max(1.0, largest),
+                equal_nan=True,
+                msg=lambda text, kind=kind, i=i: f"{kind}[{i}]: {text}",
+            )
+
+
+@contextlib.contextmanager
+def _replaced(
+    operator: Operator, backend: str, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Run with the backend's two implementations wrapped: dispatch modes do not see what an op does inside."""
+    with contextlib.ExitStack() as stack:
+        for name, table in (("forward", operator.forward), ("backward", operator.backward)):
+            stack.enter_context(mock.patch.dict(table, {backend: wrap(name, table[backend])}))
+        yield
+
+
+@contextlib.contextmanager
+def _inside(operator: Operator, backend: str, mode: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Run with a new dispatch mode of this kind inside each implementation's call; yields the modes that ran."""
+    modes: list[Any] = []
+
+    def wrap(_: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            modes.append(mode())
+            with modes[-1]:
+                result = function(*arguments)
+            if isinstance(modes[-1], Allocations):
+                modes[-1].keep(result if isinstance(result, tuple) else (result,))
+            return result
+
+        return call
+
+    with _replaced(operator, backend, wrap):
+        yield modes
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that were made and are alive; C++ kernels' own are measured by the native tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.kept = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, storage: int, size: int) -> None:
+        self.seen.discard(storage)
+        self.live -= size
+
+    def keep(self, outputs: tuple[Tensor, ...]) -> None:
+        self.kept = sum(x.untyped_storage().nbytes() for x in outputs)
+
+
+class NoHostSync(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        boolean_index = name.startswith("aten::index") and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool
+            for x in torch.utils._pytree.tree_leaves(args[1:2])  # indices
+        )
+        assert name not in SYNCHRONISING, f"{name} waits for the device"
+        assert not (boolean_index and name != "aten::index_fill"), f"{name} with a bool index waits for the device"
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,143 @@
+"""What every operator promises, over the registry: an operator comes under it by being registered."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import mlot_kernels
+from mlot_kernels.cases import Case
+from mlot_kernels.registry import OPERATORS, Operator
+from tests import contract
+from tests.conftest import DEVICE, FULL
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_here(backend: str) -> bool:
+    if backend == "triton":
+        return DEVICE == "cuda" or INTERPRETED
+    return backend == "reference" or backend == DEVICE
+
+
+PAIRS = [(operator, backend) for operator in OPERATORS.values() for backend in operator.forward if runs_here(backend)]
+CASES = [
+    pytest.param(operator, backend, i, id=f"{operator.name}-{backend}-{case.name}")
+    for operator, backend in PAIRS
+    for i, case in enumerate(contract.cases_of(operator, torch.float32, "cpu"))
+]
+by_operator = pytest.mark.parametrize(
+    ("operator", "backend"), [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in PAIRS]
+)
+by_case = pytest.mark.parametrize(("operator", "backend", "i"), CASES)
+
+
+def case_of(operator: Operator, i: int, dtype: torch.dtype = torch.float32) -> Case:
+    return contract.cases_of(operator, dtype, DEVICE)[i]
+
+
+def cases(operator: Operator, *having: str, dtype: torch.dtype = torch.float32) -> list[Case]:
+    """The operator's cases for which all of these attributes say something."""
+    found = [case for case in contract.cases_of(operator, dtype, DEVICE) if all(getattr(case, a) for a in having)]
+    assert found, f"{operator.name} has no case with {', '.join(having)}"
+    return found
+
+
+def test_every_operator_has_all_its_rooms():
+    for name, operator in OPERATORS.items():
+        assert operator.forward.keys() == operator.backward.keys(), name
+        assert "reference" in operator.forward, name
+        folder = os.path.join(os.path.dirname(mlot_kernels.__file__), "ops", name)
+        assert {"op.py", "reference.py", "cases.py", "README.md"} <= set(os.listdir(folder)), name
+        for suffix in ("", "_forward", "_backward"):
+            assert hasattr(torch.ops.mlot, name + suffix)
+
+
+@by_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_fidelity(operator, backend, i, dtype):
+    contract.fidelity(case_of(operator, i, dtype), backend)
+
+
+@by_case
+def test_gradcheck(operator, backend, i):
+    case = case_of(operator, i, torch.float64)
+    if not case.smooth:
+        return  # a tie, a kink or an infinity: test_fidelity compares its gradient with the definition's
+    contract.gradcheck(case, backend)
+
+
+@by_operator
+def test_determinism(operator, backend):
+    for case in cases(operator):
+        contract.determinism(case, backend)
+
+
+@by_operator
+def test_a_sequence_does_not_depend_on_its_batch(operator, backend):
+    for case in cases(operator, "sequence"):
+        contract.independence(case, backend)
+
+
+@by_operator
+def test_what_does_not_count_is_not_read(operator, backend):
+    found = [case for case in cases(operator) if case.uncounted is not None]
+    assert found or operator.name == "pairwise_cost"  # it knows no lengths: its user masks the costs
+    for case in found:
+        contract.uncounted(case, backend)
+
+
+@by_operator
+def test_nan_shows_where_it_counts_and_nowhere_else(operator, backend):
+    for case in cases(operator, "counted"):
+        contract.nan_shows(case, backend)
+
+
+@by_operator
+def test_no_host_sync(operator, backend):
+    for case in cases(operator):
+        contract.no_host_sync(operator, case, backend)
+
+
+@by_operator
+def test_memory(operator, backend):
+    if backend == "reference":
+        pytest.skip("the reference is exempt from the bound on memory, which serves plain definitions badly")
+    for case in cases(operator):
+        if case.memory is not None:
+            contract.memory(operator, case, backend)
+
+
+@by_operator
+def test_opcheck(operator, backend):
+    found = cases(operator)
+    for case in (found[0], *(c for c in found if "permuted" in c.name or "every" in c.name)):
+        contract.opcheck(operator, case, backend)
+
+
+@by_operator
+def test_composes(operator, backend):
+    for case in cases(operator, "smooth"):
+        contract.composes(case, backend)
+
+
+@by_operator
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is not traced")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles(operator, backend, compiler):
+    found = cases(operator, "smooth")
+    contract.compiles(found if FULL else found[:2] if compiler == "inductor" else found[:6], backend, compiler)
+
+
+@by_operator
+def test_other_backends_are_refused(operator, backend):
+    contract.refuses_other_backends(operator, cases(operator)[0], backend)
+
+
+@by_operator
+def test_distributed_tensors_are_refused(operator, backend):
+    for case in cases(operator, "smooth"):
+        contract.refuses_distributed_tensors(case)
