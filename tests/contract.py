@@ -168,7 +168,9 @@ def gradcheck(case: Case, backend: str) -> None:
     def finite(*inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(y.masked_fill(~y.isfinite(), 0) for y in case.call(inputs, backend))
 
-    torch.autograd.gradcheck(finite, tuple(x.detach().requires_grad_() for x in case.inputs), fast_mode=True)
+    leaves = tuple(x.detach().requires_grad_() for x in case.inputs)
+    # The fast mode compares one projection of the Jacobian and scales atol by its length: hence a small one.
+    torch.autograd.gradcheck(finite, leaves, fast_mode=True, atol=1e-8, rtol=1e-4)
 
 
 def memory(operator: Operator, case: Case, backend: str) -> None:
