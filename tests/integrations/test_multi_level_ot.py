@@ -55,5 +55,5 @@ def test_bad_input_is_named():
         DistillationLoss(distillation_weight="1")
     outputs = SimpleNamespace(logits=logits_of(1, 4, 9), loss=None), SimpleNamespace(logits=logits_of(1, 4, 9))
     labels = labels_of(4, (1, 2))
-    with pytest.raises(ValueError, match="student_predictions.loss is None; call the student with labels"):
+    with pytest.raises(ValueError, match=r"student_predictions\.loss is None; call the student with labels"):
         DistillationLoss()(0, *outputs, labels, labels)
