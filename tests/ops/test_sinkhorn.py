@@ -161,7 +161,7 @@ def test_implicit_gradients_allow_ragged_problems():
 def test_marginals_hold(M, N, seed):
     cost = torch.rand(1, M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for marginals, rows, columns in (("uniform", 1 / M, 1 / N), ("unit", N / M, 1.0)):
-        plan = sinkhorn(cost, marginals=marginals, iterations=2000, tolerance=1e-12, return_plan=True).plan
+        plan = sinkhorn(cost, epsilon=0.5, marginals=marginals, iterations=200, return_plan=True).plan
         torch.testing.assert_close(plan.sum(1), torch.full((1, N), columns, dtype=torch.float64))
         torch.testing.assert_close(plan.sum(2), torch.full((1, M), rows, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
