@@ -110,6 +110,15 @@ def _narrowed(rows: Rows, width: int) -> Rows:
     return Rows(rows.index[:, :width], rows.count, rows.span[:, :width], rows.spans)
 
 
+def sequence_of(logits: Logits, b: int) -> Logits:
+    """Sequence ``b`` of ``[B, T, V]`` logits alone, as a batch of one."""
+    rows = logits.rows
+    if rows is not None:
+        rows = Rows(*(x[b : b + 1] for x in (rows.index, rows.count, rows.span, rows.spans)))
+    log_scale = None if logits.log_scale is None else logits.log_scale[b : b + 1]
+    return replace(logits, values=logits.values[b : b + 1], rows=rows, log_scale=log_scale)
+
+
 def logits_case(
     name: str,
     logits: Logits,
@@ -157,9 +166,7 @@ def logits_case(
         return largest, *[1.0] * (len(inputs) - 1)
 
     def sequence(b: int) -> Case:
-        one = Rows(*(x[b : b + 1] for x in (rows.index, rows.count, rows.span, rows.spans)))
-        log_scale = None if logits.log_scale is None else logits.log_scale[b : b + 1]
-        single = replace(logits, values=logits.values[b : b + 1], rows=one, log_scale=log_scale)
+        single = sequence_of(logits, b)
         return logits_case(f"{name}, sequence {b}", single, smooth, call, definition, output_rows, batch_dimensions)
 
     def uncounted(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -153,17 +153,22 @@ def log_probabilities(
 
     Beyond the counted rows it is finite and means nothing.
     """
-    x = counted_rows(values, index)[..., :vocab_size]
-    present = x != float("-inf")  # NaN is present, so that it shows
-    x = x.masked_fill(~present, 0)
-    if standardize:
-        x = x / (_standard_deviation(x, present)[1] + STANDARD_DEVIATION_OFFSET)
-    log_p = (x / temperature).masked_fill(~present, float("-inf")).log_softmax(-1)
+    log_p = scaled_rows(values, index, temperature, standardize, vocab_size).log_softmax(-1)
     if log_scale is not None:
         log_p = log_p + log_scale.to(log_p.dtype).masked_fill(index < 0, 0)[..., None]
     if column_mask is not None:
         log_p = log_p.masked_fill(~column_mask[:vocab_size], float("-inf"))
     return log_p
+
+
+def scaled_rows(values: Tensor, index: Tensor, temperature: float, standardize: bool, vocab_size: int) -> Tensor:
+    """The counted rows divided by temperature and scale, c x: ``[B, A, vocab_size]``."""
+    x = counted_rows(values, index)[..., :vocab_size]
+    present = x != float("-inf")  # NaN is present, so that it shows
+    x = x.masked_fill(~present, 0)
+    if standardize:
+        x = x / (_standard_deviation(x, present)[1] + STANDARD_DEVIATION_OFFSET)
+    return (x / temperature).masked_fill(~present, float("-inf"))
 
 
 def counted_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -211,12 +216,13 @@ def row_statistics(x: Tensor, standardize: bool) -> RowStatistics:
 
 def normalise(x: Tensor, peak: Tensor, scale: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """``log q`` ``[B, A, V]``, the log of its normaliser and E_q[x - m], ``[B, A]`` each."""
-    shifted = (x - peak[..., None]) / (temperature * scale[..., None])
-    log_total = shifted.exp().sum(-1).log()
-    log_q = shifted - log_total[..., None]
-    q = log_q.exp()
-    expected = torch.where(q > 0, q * (x - peak[..., None]), q).sum(-1)  # 0 * -inf is 0 here; a NaN stays
-    return log_q, log_total, expected
+    below = x - peak[..., None]
+    shifted = below / (temperature * scale[..., None])
+    e = shifted.exp()
+    total = e.sum(-1)
+    expected = torch.where(e > 0, e * below, e).sum(-1) / total  # 0 * -inf is 0 here; a NaN stays
+    log_total = total.log()
+    return shifted - log_total[..., None], log_total, expected
 
 
 def values_gradient(
@@ -225,6 +231,75 @@ def values_gradient(
     """dl/dx ``[B, A, vocab_size]`` from g = dl/d(c x) and W = sum g x ``[B, A]``."""
     dx = g / (temperature * scale[..., None]) - (x - mean[..., None]) * (slope * W / temperature)[..., None]
     return dx.masked_fill(x == float("-inf"), 0)
+
+
+def at_columns(log_q: Tensor, columns: Tensor, column_mask: Tensor | None) -> Tensor:
+    """``log_q`` ``[B, A, V]``, over all V columns, at each row's own ``columns`` ``[B, A, k]``.
+
+    NaN where a column is none of the V; -inf where it is not looked at, but for rows with NaN.
+    """
+    slots, outside, left_out = _slots(columns, column_mask, log_q.shape[-1])
+    kept = log_q.gather(2, slots)
+    if left_out is not None:
+        kept = kept.masked_fill(left_out & ~kept.isnan(), float("-inf"))
+    return kept.masked_fill(outside, float("nan"))
+
+
+def gradient_at_columns(
+    grad_log_p: Tensor,
+    grad_lse: Tensor | None,
+    values: Tensor,
+    index: Tensor,
+    column_mask: Tensor | None,
+    columns: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    expected: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    temperature: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """dl/dx ``[B, T, V]`` and dl/dlog_scale ``[B, A]`` of log-probabilities at each row's own columns.
+
+    With H their gradient, G that of lse(c x) and D = sum(H) - G, the row scalars of forward leave no sum over V::
+
+        g_v = H_v - q_v D
+        W   = sum_v H_v (x_v - m) - D E_q[x - m] + m (G - sum of H at -inf logits)
+
+    sum(g) = G: the last term is what W owes to the m that was subtracted. It is 0 for log-probabilities alone, unless
+    one of them is at a -inf logit, whose x_v is no part of W.
+
+    Args:
+        grad_log_p: ``[B, A, k]``; columns that are not looked at or do not exist pass nothing on.
+        grad_lse: ``[B, A]``; None: 0.
+        columns: ``[B, A, k]``.
+    """
+    x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
+    behind = index < 0
+    scale = scale.masked_fill(behind, 1)
+    slots, silent, left_out = _slots(columns, column_mask, vocab_size)
+    if left_out is not None:
+        silent = silent | left_out
+    H = grad_log_p.masked_fill(silent | behind[..., None], 0)
+    G = torch.zeros_like(peak) if grad_lse is None else grad_lse.masked_fill(behind, 0)
+    total = H.sum(-1)
+    D = total - G
+
+    log_q = (x - peak[..., None]) / (temperature * scale[..., None]) - log_total[..., None]
+    g = torch.zeros_like(x).scatter_add(2, slots, H) - log_q.exp() * D[..., None]
+    kept = x.gather(2, slots)
+    absent = kept == float("-inf")
+    shifted = (kept - peak[..., None]).masked_fill(absent, 0)
+    W = (H * shifted).sum(-1) - D * expected + peak * (G - H.masked_fill(~absent, 0).sum(-1))
+    return spread_rows(values_gradient(g, W, x, mean, scale, slope, temperature), values, index), total
+
+
+def _slots(columns: Tensor, column_mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``columns`` brought into the vocabulary, which ones were not in it, and which ones are not looked at."""
+    slots = columns.clamp(0, vocab_size - 1)
+    return slots, slots != columns, None if column_mask is None else ~column_mask[slots]
 
 
 def spread_rows(dx: Tensor, values: Tensor, index: Tensor) -> Tensor:

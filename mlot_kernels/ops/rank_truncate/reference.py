@@ -131,13 +131,14 @@ def backward(
     x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
     behind = index < 0
     scale = scale.masked_fill(behind, 1)
-    present = x != float("-inf")
     outside = (columns < 0) | (columns >= vocab_size)
     if column_mask is not None:
         outside = outside | ~column_mask[columns.clamp(0, vocab_size - 1)]
     slots = columns.clamp(0, vocab_size - 1)
     if columns.dim() == 2:
         outside, slots = (c[:, None].expand(-1, index.shape[1], -1) for c in (outside, slots))
+    kept = x.gather(2, slots) - peak[..., None]  # [B, A, k]
+    kept = kept.masked_fill(kept == float("-inf"), 0)
 
     dx = torch.zeros_like(x)
     grad_log_scale = torch.zeros_like(peak)
@@ -148,10 +149,9 @@ def backward(
         H = H.masked_fill(outside | behind[..., None], 0)
         total = H.sum(-1)
         log_q = (x - peak[..., None]) / (temperature * scale[..., None]) - log_total[r][..., None]
-        dense = torch.zeros_like(x).scatter_add(2, slots, H)
-        shifted = (x - peak[..., None]).masked_fill(~present, 0)
-        W = (dense * shifted).sum(-1) - total * expected[r]
-        dx = dx + values_gradient(dense - log_q.exp() * total[..., None], W, x, mean, scale, slope, temperature)
+        W = (H * kept).sum(-1) - total * expected[r]
+        g = (-total[..., None] * log_q.exp()).scatter_add(2, slots, H)
+        dx = dx + values_gradient(g, W, x, mean, scale, slope, temperature)
         grad_log_scale = grad_log_scale + total
     return spread_rows(dx, values, index), grad_log_scale
 
