@@ -5,13 +5,18 @@ from mlot_kernels.logits import Logits
 from mlot_kernels.losses import (
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
+    ULDLoss,
     multi_level_ot_loss,
     official_multi_level_ot_loss,
+    uld_loss,
 )
 from mlot_kernels.ops.pairwise_cost import pairwise_cost
 from mlot_kernels.ops.rank_truncate import Ranked, gather_columns, rank_truncate
 from mlot_kernels.ops.row_entropy import row_entropy
 from mlot_kernels.ops.sinkhorn import Transport, sinkhorn
+from mlot_kernels.ops.sorted_l1 import sorted_l1
+from mlot_kernels.ops.token_log_probability import token_log_probability
+from mlot_kernels.ops.topk_softmax import TopK, topk_softmax
 from mlot_kernels.rows import Pairing, Rows, pair
 
 __all__ = [
@@ -22,7 +27,9 @@ __all__ = [
     "Pairing",
     "Ranked",
     "Rows",
+    "TopK",
     "Transport",
+    "ULDLoss",
     "explain",
     "gather_columns",
     "multi_level_ot_loss",
@@ -32,5 +39,9 @@ __all__ = [
     "rank_truncate",
     "row_entropy",
     "sinkhorn",
+    "sorted_l1",
+    "token_log_probability",
+    "topk_softmax",
+    "uld_loss",
     "use_backend",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlot_kernels.logits import Logits, log_probabilities
+from mlot_kernels.logits import Logits, log_probabilities, prepare
 from mlot_kernels.rows import Rows
 
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936)  # Llama 2, GPT-2, Llama 3, Qwen
@@ -94,7 +94,7 @@ def logits_examples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Logi
     yield "every field", everything, True
     yield "view of a wider tensor", Logits(randn(2, 5, 18)[:, :-1]), True
     yield "permuted", Logits(randn(4, 2, 18).transpose(0, 1)), True
-    yield "many rows", Logits(randn(2, 100, 2048)), False
+    yield "many rows", Logits(randn(2, 100, 1024)), False
     yield "two tiles and a rest", Logits(randn(1, 2, 2 * 4096 + 5)), False
     yield "large and flat", Logits((1e4 + randn(1, 2, 100).float() * 1e-3).to(dtype)), False
     yield "one-hot", Logits((torch.eye(8)[None] * 60).to(dtype).to(device)), False
@@ -129,71 +129,103 @@ def logits_case(
     batch_dimensions: tuple[int, ...],
     splits: bool = True,
 ) -> Case:
-    """A case of an operator with one ``Logits``.
+    """A case with one ``Logits``; ``definition`` takes the fields as ``logits.log_probabilities`` does."""
+    return sides_case(
+        name,
+        (logits,),
+        smooth,
+        lambda sides, backend: call(sides[0], backend),
+        lambda side: definition(*side),
+        output_rows,
+        batch_dimensions,
+        splits,
+    )
+
+
+def sides_case(
+    name: str,
+    sides: tuple[Logits, ...],
+    smooth: bool,
+    call: Callable[[tuple[Logits, ...], str | None], Outputs],
+    definition: Callable[..., Outputs],
+    output_rows: tuple[int, ...],
+    batch_dimensions: tuple[int, ...],
+    splits: bool = True,
+) -> Case:
+    """A case of an operator with one or two ``Logits``. Differentiable inputs: each side's values, then its log scale.
 
     Args:
         call: the public function.
-        definition: takes the fields as ``logits.log_probabilities`` does.
+        definition: takes a ``logits.Side`` for each side.
         output_rows, batch_dimensions: for ``[B, ...]`` outputs, also where the logits are ``[N, V]``.
         splits: a sequence's result is its own.
     """
-    flat = logits.values.dim() == 2
-    rows = logits.rows
-    if rows is None:
-        B, T = (1, logits.values.shape[0]) if flat else logits.values.shape[:2]
-        rows = Rows.every(B, T, logits.values.device)
-    index = rows.index
-    inputs = (logits.values,) if logits.log_scale is None else (logits.values, logits.log_scale)
+    flat = sides[0].values.dim() == 2
+    index = [prepare(z).index for z in sides]
+    inputs = tuple(x for z in sides for x in (z.values, z.log_scale) if x is not None)
+    starts = [sum(1 + (z.log_scale is not None) for z in sides[:i]) for i in range(len(sides))]
 
-    def with_inputs(inputs: tuple[Tensor, ...]) -> Logits:
-        return replace(logits, values=inputs[0], log_scale=inputs[1] if len(inputs) > 1 else None)
+    def with_inputs(inputs: tuple[Tensor, ...]) -> tuple[Logits, ...]:
+        return tuple(
+            replace(z, values=inputs[i], log_scale=None if z.log_scale is None else inputs[i + 1])
+            for z, i in zip(sides, starts, strict=True)
+        )
 
     def run(inputs: tuple[Tensor, ...], backend: str | None) -> Outputs:
         outputs = call(with_inputs(inputs), backend)
         return tuple(y.unsqueeze(d) for y, d in zip(outputs, batch_dimensions, strict=True)) if flat else outputs
 
-    def define(inputs: tuple[Tensor, ...], function: Callable[..., Outputs] = definition) -> Outputs:
-        z = with_inputs(inputs)
-        values = z.values[None] if flat else z.values
-        size = values.shape[2] if z.vocab_size is None else z.vocab_size
-        return function(values, index, z.columns, z.log_scale, z.temperature, z.standardize, size)
+    def define(inputs: tuple[Tensor, ...]) -> Outputs:
+        return definition(*(prepare(z).side for z in with_inputs(inputs)))
 
     def scale(inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, ...]:
-        p = define(tuple(x.double() for x in inputs), lambda *fields: (log_probabilities(*fields),))[0].exp().amax(-1)
-        largest = torch.ones_like(inputs[0][..., 0], dtype=torch.float64)  # over [B, T], or [N]
-        if p.shape == largest.shape or flat:
-            largest = p.reshape(largest.shape)
-        return largest, *[1.0] * (len(inputs) - 1)
+        scales: list[Tensor | float] = []
+        for z in with_inputs(tuple(x.double() for x in inputs)):
+            largest = log_probabilities(*prepare(z).side).exp().amax(-1)  # [B, A]
+            shape = z.values.shape[:-1]
+            scales.append(largest.reshape(shape) if largest.numel() == z.values[..., 0].numel() else 1.0)
+            scales += [] if z.log_scale is None else [1.0]
+        return tuple(scales)
 
     def sequence(b: int) -> Case:
-        single = sequence_of(logits, b)
-        return logits_case(f"{name}, sequence {b}", single, smooth, call, definition, output_rows, batch_dimensions)
+        alone = tuple(sequence_of(z, b) for z in sides)
+        return sides_case(f"{name}, sequence {b}", alone, smooth, call, definition, output_rows, batch_dimensions)
 
     def uncounted(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        values = torch.full_like(inputs[0], float("nan"))
-        values[..., 1::2] = float("inf")
-        size = values.shape[2] if logits.vocab_size is None else logits.vocab_size
-        for b, a in (index >= 0).nonzero().tolist():
-            values[b, index[b, a], :size] = inputs[0][b, index[b, a], :size]
-        return values, *(x.masked_fill(index < 0, float("nan")) for x in inputs[1:])
+        poisoned: list[Tensor] = []
+        for z, rows in zip(with_inputs(inputs), index, strict=True):
+            values = torch.full_like(z.values, float("nan"))
+            values[..., 1::2] = float("inf")
+            for b, a in (rows >= 0).nonzero().tolist():
+                values[b, rows[b, a], : z.vocab_size] = z.values[b, rows[b, a], : z.vocab_size]
+            poisoned.append(values)
+            if z.log_scale is not None:
+                poisoned.append(z.log_scale.masked_fill(rows < 0, float("nan")))
+        return tuple(poisoned)
 
     counted = None
-    if index[:1].max() >= 0:
-        counted = (int(index[0, 0]), 0) if flat else (0, int(index[0, 0]), 0)
-    *_, T, V = logits.values.shape
-    all_count = logits.vocab_size is None and int((index >= 0).sum()) == logits.values[..., 0].numel()
+    if index[0][:1].max() >= 0:
+        counted = (int(index[0][0, 0]), 0) if flat else (0, int(index[0][0, 0]), 0)
+    all_count = all(
+        z.vocab_size is None and int((rows >= 0).sum()) == z.values[..., 0].numel()
+        for z, rows in zip(sides, index, strict=True)
+    )
+    values_rows = sides[0].values.dim() - 1
+    memory = 0
+    for z, rows in zip(sides, index, strict=True):
+        memory += rows.shape[0] * z.values.shape[-1] + rows.numel() * MOST_COLUMNS + z.values.numel() // 64
     return Case(
         name,
         inputs,
         run,
         define,
-        (logits.values.dim() - 1, 2)[: len(inputs)],
+        tuple(values_rows if i in starts else 2 for i in range(len(inputs))),
         output_rows,
         batch_dimensions,
         None if flat or not splits else sequence,
         None if all_count else uncounted,
         counted,
         scale,
-        memory=index.shape[0] * V + index.numel() * MOST_COLUMNS + index.shape[0] * T * V // 64,
+        memory=memory,
         smooth=smooth,
     )

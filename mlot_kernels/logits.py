@@ -56,6 +56,33 @@ class Logits:
     log_scale: Tensor | None = None
 
 
+class Ranked(NamedTuple):
+    """Log-probabilities of the counted rows at k columns.
+
+    Attributes:
+        log_probabilities: ``[R, B, A, k]``, float32 (float64 for float64 logits), at ``logits.temperature`` and then at
+            each temperature of ``also_at``; 0 beyond the counted rows.
+        columns: int64, ``[B, k]``, or ``[B, A, k]`` for scope ``"token"``.
+        kept_mass: ``[B, A]``, the sum of the k probabilities at ``logits.temperature``; 0 beyond the counted rows.
+    """
+
+    log_probabilities: Tensor
+    columns: Tensor
+    kept_mass: Tensor
+
+
+class Side(NamedTuple):
+    """One of two sides' fields, in the order in which two-sided operators' schemas have them."""
+
+    values: Tensor  # [B, T, V]
+    row_index: Tensor  # [B, A]; not `index`, which every tuple has
+    column_mask: Tensor | None  # [V]
+    log_scale: Tensor | None  # [B, A]
+    temperature: float
+    standardize: bool
+    vocab_size: int
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Checked ``Logits`` as the operators' schemas take them."""
@@ -68,6 +95,19 @@ class Prepared:
     standardize: bool
     vocab_size: int
     one_sequence: bool
+
+    @property
+    def side(self) -> Side:
+        """The fields as a two-sided operator's schema has them."""
+        return Side(
+            self.values,
+            self.index,
+            self.column_mask,
+            self.log_scale,
+            self.temperature,
+            self.standardize,
+            self.vocab_size,
+        )
 
     def restore(self, output: Tensor, dimension: int = 0) -> Tensor:
         """``output`` without its B dimension where the logits had none."""
@@ -153,11 +193,15 @@ def log_probabilities(
 
     Beyond the counted rows it is finite and means nothing.
     """
-    log_p = scaled_rows(values, index, temperature, standardize, vocab_size).log_softmax(-1)
-    if log_scale is not None:
-        log_p = log_p + log_scale.to(log_p.dtype).masked_fill(index < 0, 0)[..., None]
+    log_q = scaled_rows(values, index, temperature, standardize, vocab_size).log_softmax(-1)
+    return looked_at(log_q, index, column_mask, log_scale)
+
+
+def looked_at(log_q: Tensor, index: Tensor, column_mask: Tensor | None, log_scale: Tensor | None) -> Tensor:
+    """``log p`` from the rows' log-softmax ``[B, A, V]``: plus the log scale, -inf at columns left out."""
+    log_p = log_q if log_scale is None else log_q + log_scale.to(log_q.dtype).masked_fill(index < 0, 0)[..., None]
     if column_mask is not None:
-        log_p = log_p.masked_fill(~column_mask[:vocab_size], float("-inf"))
+        log_p = log_p.masked_fill(~column_mask[: log_q.shape[-1]], float("-inf"))
     return log_p
 
 
@@ -197,7 +241,7 @@ class RowStatistics(NamedTuple):
     maximum would swallow."""
 
     peak: Tensor  # m
-    mean: Tensor  # 0 without standardize
+    mean: Tensor  # of x - m, which keeps its digits far from 0; 0 without standardize
     scale: Tensor  # std + 1e-4, or 1
     slope: Tensor  # 1 / ((n - 1) std scale^2), or 0
 
@@ -207,8 +251,9 @@ def row_statistics(x: Tensor, standardize: bool) -> RowStatistics:
     peak = x.amax(-1)
     if not standardize:
         return RowStatistics(peak, torch.zeros_like(peak), torch.ones_like(peak), torch.zeros_like(peak))
-    present = x != float("-inf")
-    mean, deviation, n = (s.squeeze(-1) for s in _standard_deviation(x.masked_fill(~present, 0), present))
+    below = x - peak[..., None]
+    present = below != float("-inf")
+    mean, deviation, n = (s.squeeze(-1) for s in _standard_deviation(below.masked_fill(~present, 0), present))
     scale = deviation + STANDARD_DEVIATION_OFFSET
     slope = (1 / ((n - 1) * deviation * scale**2)).masked_fill((deviation == 0) | (n < 2), 0)
     return RowStatistics(peak, mean, scale, slope)
@@ -226,11 +271,11 @@ def normalise(x: Tensor, peak: Tensor, scale: Tensor, temperature: float) -> tup
 
 
 def values_gradient(
-    g: Tensor, W: Tensor, x: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, temperature: float
+    g: Tensor, W: Tensor, below: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, temperature: float
 ) -> Tensor:
-    """dl/dx ``[B, A, vocab_size]`` from g = dl/d(c x) and W = sum g x ``[B, A]``."""
-    dx = g / (temperature * scale[..., None]) - (x - mean[..., None]) * (slope * W / temperature)[..., None]
-    return dx.masked_fill(x == float("-inf"), 0)
+    """dl/dx ``[B, A, vocab_size]`` from g = dl/d(c x), W = sum g x ``[B, A]`` and x - m, ``below``."""
+    dx = g / (temperature * scale[..., None]) - (below - mean[..., None]) * (slope * W / temperature)[..., None]
+    return dx.masked_fill(below == float("-inf"), 0)
 
 
 def at_columns(log_q: Tensor, columns: Tensor, column_mask: Tensor | None) -> Tensor:
@@ -248,20 +293,16 @@ def at_columns(log_q: Tensor, columns: Tensor, column_mask: Tensor | None) -> Te
 def gradient_at_columns(
     grad_log_p: Tensor,
     grad_lse: Tensor | None,
-    values: Tensor,
+    x: Tensor,
     index: Tensor,
     column_mask: Tensor | None,
     columns: Tensor,
-    peak: Tensor,
+    statistics: RowStatistics,
     log_total: Tensor,
     expected: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    slope: Tensor,
     temperature: float,
-    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """dl/dx ``[B, T, V]`` and dl/dlog_scale ``[B, A]`` of log-probabilities at each row's own columns.
+    """dl/dx ``[B, A, V]`` and dl/dlog_scale ``[B, A]`` of log-probabilities at each row's own columns.
 
     With H their gradient, G that of lse(c x) and D = sum(H) - G, the row scalars of forward leave no sum over V::
 
@@ -274,12 +315,14 @@ def gradient_at_columns(
     Args:
         grad_log_p: ``[B, A, k]``; columns that are not looked at or do not exist pass nothing on.
         grad_lse: ``[B, A]``; None: 0.
-        columns: ``[B, A, k]``.
+        x: the counted rows ``[B, A, V]``.
+        columns: ``[B, A, k]``; they may repeat.
+        log_total, expected: as ``normalise`` returned them.
     """
-    x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
+    peak, mean, scale, slope = statistics
     behind = index < 0
     scale = scale.masked_fill(behind, 1)
-    slots, silent, left_out = _slots(columns, column_mask, vocab_size)
+    slots, silent, left_out = _slots(columns, column_mask, x.shape[-1])
     if left_out is not None:
         silent = silent | left_out
     H = grad_log_p.masked_fill(silent | behind[..., None], 0)
@@ -287,13 +330,13 @@ def gradient_at_columns(
     total = H.sum(-1)
     D = total - G
 
-    log_q = (x - peak[..., None]) / (temperature * scale[..., None]) - log_total[..., None]
-    g = torch.zeros_like(x).scatter_add(2, slots, H) - log_q.exp() * D[..., None]
-    kept = x.gather(2, slots)
+    below = x - peak[..., None]
+    log_q = below / (temperature * scale[..., None]) - log_total[..., None]
+    g = (-D[..., None] * log_q.exp()).scatter_add(2, slots, H)
+    kept = below.gather(2, slots)
     absent = kept == float("-inf")
-    shifted = (kept - peak[..., None]).masked_fill(absent, 0)
-    W = (H * shifted).sum(-1) - D * expected + peak * (G - H.masked_fill(~absent, 0).sum(-1))
-    return spread_rows(values_gradient(g, W, x, mean, scale, slope, temperature), values, index), total
+    W = (H * kept.masked_fill(absent, 0)).sum(-1) - D * expected + peak * (G - H.masked_fill(~absent, 0).sum(-1))
+    return values_gradient(g, W, below, mean, scale, slope, temperature), total
 
 
 def _slots(columns: Tensor, column_mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,6 +3,8 @@
 An operator is three torch ops. ``<op>_forward`` and ``<op>_backward`` have one implementation per backend and no
 autograd formula. ``<op>`` joins them through one ``autograd.Function``, for whoever calls ``torch.ops``; the public
 Python function applies the same Function directly, because ``torch.func`` cannot enter it through the dispatcher.
+
+An operator whose outputs are indices has no gradient, and so nothing to join: it is one op, ``<op>``.
 """
 
 from __future__ import annotations
@@ -28,13 +30,17 @@ class Operator:
     """An operator as the public functions call it and as the contract tests find it."""
 
     name: str
-    function: type[torch.autograd.Function]
+    op: Callable[..., Any]
+    function: type[torch.autograd.Function] | None  # None and an empty `backward`: it has no gradient
     forward: Table
     backward: Table
 
     def __call__(self, *arguments: Any, backend: str | None) -> Any:
         """Run on the backend that ``backend`` names, or on the best one for the first tensor's device."""
-        return self.function.apply(*_distinct(arguments), backends.resolve(self.name, self.forward, arguments, backend))
+        chosen = backends.resolve(self.name, self.forward, arguments, backend)
+        if self.function is None:
+            return self.op(*arguments, chosen)
+        return self.function.apply(*_distinct(arguments), chosen)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -89,7 +95,15 @@ def differentiable_operator(
     name = _define(schema, fake)
     _library.impl(name, function.apply, "Autograd")
     _library.impl(name, function.forward, "CompositeExplicitAutograd")
-    OPERATORS[name] = Operator(name, function, forward, backward)
+    OPERATORS[name] = Operator(name, getattr(torch.ops.mlot, name).default, function, forward, backward)
+    return OPERATORS[name]
+
+
+def plain_operator(schema: str, *, fake: Callable[..., Any], implementations: Table) -> Operator:
+    """Define an operator without a gradient, whose outputs are indices; arguments as for ``raw_operator``."""
+    op = raw_operator(schema, fake=fake, implementations=implementations)
+    name = _name(schema)
+    OPERATORS[name] = Operator(name, op, None, implementations, {})
     return OPERATORS[name]
 
 
@@ -103,8 +117,12 @@ def lazy(path: str) -> Callable[..., Any]:
     return call
 
 
+def _name(schema: str) -> str:
+    return schema[: schema.index("(")]
+
+
 def _define(schema: str, fake: Callable[..., Any]) -> str:
-    name = schema[: schema.index("(")]
+    name = _name(schema)
     _library.define(schema, tags=_TAGS)
     torch.library.register_fake(f"mlot::{name}", fake)
     return name

@@ -49,11 +49,11 @@ def published_loss(
         raise ValueError(f"revision must be one of {', '.join(REVISIONS)}, got {revision!r}")
     B = student_logits.shape[0]
     student, teacher = _normalise(student_logits), _normalise(teacher_logits)
-    student_spans = [_span(row, skip_student_eos, ignore_index) for row in student_labels]
-    teacher_spans = [_span(row, skip_teacher_eos, ignore_index) for row in teacher_labels]
+    student_spans = [answer_span(row, skip_student_eos, ignore_index) for row in student_labels]
+    teacher_spans = [answer_span(row, skip_teacher_eos, ignore_index) for row in teacher_labels]
     for i in range(B):
-        student[i] = _answer_first(student[i], *student_spans[i], student_temperature)
-        teacher[i] = _answer_first(teacher[i], *teacher_spans[i], teacher_temperature)
+        student[i] = answer_first(student[i], *student_spans[i], student_temperature)
+        teacher[i] = answer_first(teacher[i], *teacher_spans[i], teacher_temperature)
     longest = max(size for _, size in student_spans + teacher_spans)
     student, teacher = student[:, :longest], teacher[:, :longest]
 
@@ -112,7 +112,7 @@ def _normalise(logits: Tensor) -> Tensor:
     return logits / (logits.std(dim=-1, keepdim=True) + 1e-4)
 
 
-def _span(labels: Tensor, skip_eos: bool, ignore_index: int) -> tuple[int, int]:
+def answer_span(labels: Tensor, skip_eos: bool, ignore_index: int) -> tuple[int, int]:
     """The row that predicts the first answer token, and the number of answer tokens.
 
     Args:
@@ -124,7 +124,7 @@ def _span(labels: Tensor, skip_eos: bool, ignore_index: int) -> tuple[int, int]:
     return max(leading - 1, 0), max(size - skip_eos, 0)
 
 
-def _answer_first(logits: Tensor, start: int, size: int, temperature: float) -> Tensor:
+def answer_first(logits: Tensor, start: int, size: int, temperature: float) -> Tensor:
     """The answer's probabilities moved to row 0, zero rows behind them: ``[T, V]``."""
     answer = (logits[start : start + size] / temperature).softmax(-1)
     return torch.cat((answer, logits.new_zeros(len(logits) - len(answer), logits.shape[1])))

@@ -159,3 +159,18 @@ X = torch.randn(2, 3, 5)
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_kept_column_at_minus_infinity_passes_its_gradient_on(standardize):
+    x = torch.randn(1, 2, 9, dtype=torch.float64) + 3
+    x[..., 6:] = float("-inf")
+    ours, by_hand = x.clone().requires_grad_(), x[..., :6].clone().requires_grad_()
+    gathered = gather_columns(Logits(ours, standardize=standardize), torch.tensor([[7, 2]])).log_probabilities[0]
+    scaled = by_hand / (by_hand.std(-1, keepdim=True) + 1e-4) if standardize else by_hand
+    assert (gathered[..., 0] == float("-inf")).all()
+    torch.autograd.backward(gathered, torch.ones_like(gathered))
+    # d log p_7 is that of minus the log of the normaliser: the -inf stays what it is
+    (scaled[..., 2] - 2 * scaled.logsumexp(-1)).sum().backward()
+    torch.testing.assert_close(ours.grad[..., :6], by_hand.grad)
+    assert (ours.grad[..., 6:] == 0).all()

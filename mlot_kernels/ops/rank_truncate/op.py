@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
-from mlot_kernels.logits import Logits, Prepared, prepare
+from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
 from mlot_kernels.ops.rank_truncate import reference
 from mlot_kernels.registry import differentiable_operator, raw_operator
 
@@ -21,21 +21,6 @@ _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor kept_mass, {_SAVE
 
 FORWARD = {"reference": reference.forward}
 BACKWARD = {"reference": reference.backward}
-
-
-class Ranked(NamedTuple):
-    """Log-probabilities of the counted rows at k columns.
-
-    Attributes:
-        log_probabilities: ``[R, B, A, k]``, float32 (float64 for float64 logits), at ``logits.temperature`` and then at
-            each temperature of ``also_at``; 0 beyond the counted rows.
-        columns: int64, ``[B, k]``, or ``[B, A, k]`` for scope ``"token"``.
-        kept_mass: ``[B, A]``, the sum of the k probabilities at ``logits.temperature``; 0 beyond the counted rows.
-    """
-
-    log_probabilities: Tensor
-    columns: Tensor
-    kept_mass: Tensor
 
 
 def _forward_fake(

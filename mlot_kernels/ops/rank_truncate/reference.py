@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from mlot_kernels.logits import (
+    RowStatistics,
+    at_columns,
     counted_rows,
+    gradient_at_columns,
     log_probabilities,
+    looked_at,
     normalise,
     row_statistics,
     spread_rows,
-    values_gradient,
 )
 
 SCOPES = ("sequence", "batch", "token")
@@ -37,11 +40,11 @@ def rank_truncate(
         given: columns that are taken as they are; None: the k first in the ranking at the first temperature.
     """
     at = [
-        log_probabilities(values, index, column_mask, log_scale, temperature, standardize, vocab_size)
+        log_probabilities(values, index, None, log_scale, temperature, standardize, vocab_size)
         for temperature in temperatures
     ]
     columns, poison = _columns(at[0], index, column_mask, given, k, scope)
-    kept = torch.stack([_gather(log_p, columns) for log_p in at]) + poison
+    kept = torch.stack([at_columns(log_p, _of_each_row(columns, index), column_mask) for log_p in at]) + poison
     behind = index < 0
     return (
         kept.masked_fill(behind[..., None], 0),
@@ -91,14 +94,12 @@ def forward(
     kept, log_totals, expecteds = [], [], []
     columns, poison = torch.empty(0), torch.empty(0)
     for r, temperature in enumerate(temperatures):
-        log_p, log_total, expected = normalise(x, peak, scale, temperature)
-        if log_scale is not None:
-            log_p = log_p + log_scale.to(log_p.dtype).masked_fill(behind, 0)[..., None]
-        if column_mask is not None:
-            log_p = log_p.masked_fill(~column_mask[:vocab_size], float("-inf"))
+        log_q, log_total, expected = normalise(x, peak, scale, temperature)
+        log_p = looked_at(log_q, index, None, log_scale)
         if r == 0:
             columns, poison = _columns(log_p, index, column_mask, given, k, scope)
-        kept.append((_gather(log_p, columns) + poison).masked_fill(behind[..., None], 0))
+        at = at_columns(log_p, _of_each_row(columns, index), column_mask)
+        kept.append((at + poison).masked_fill(behind[..., None], 0))
         log_totals.append(log_total)
         expecteds.append(expected)
     kept_mass = kept[0].exp().sum(-1)
@@ -127,32 +128,27 @@ def backward(
     temperatures: Sequence[float],
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """``H = dl/dlog p`` on the kept columns, then the two sums of logits.py for each temperature."""
+    """``H = dl/dlog p`` on the kept columns, then what logits.py says, for each temperature."""
     x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
-    behind = index < 0
-    scale = scale.masked_fill(behind, 1)
-    outside = (columns < 0) | (columns >= vocab_size)
-    if column_mask is not None:
-        outside = outside | ~column_mask[columns.clamp(0, vocab_size - 1)]
-    slots = columns.clamp(0, vocab_size - 1)
-    if columns.dim() == 2:
-        outside, slots = (c[:, None].expand(-1, index.shape[1], -1) for c in (outside, slots))
-    kept = x.gather(2, slots) - peak[..., None]  # [B, A, k]
-    kept = kept.masked_fill(kept == float("-inf"), 0)
-
-    dx = torch.zeros_like(x)
-    grad_log_scale = torch.zeros_like(peak)
+    statistics = RowStatistics(peak, mean, scale, slope)
+    dx, grad_log_scale = torch.zeros_like(x), torch.zeros_like(peak)
     for r, temperature in enumerate(temperatures):
         H = grad_log_probabilities[r]  # [B, A, k]
         if r == 0:
             H = H + grad_kept_mass[..., None] * log_probabilities[0].exp()
-        H = H.masked_fill(outside | behind[..., None], 0)
-        total = H.sum(-1)
-        log_q = (x - peak[..., None]) / (temperature * scale[..., None]) - log_total[r][..., None]
-        W = (H * kept).sum(-1) - total * expected[r]
-        g = (-total[..., None] * log_q.exp()).scatter_add(2, slots, H)
-        dx = dx + values_gradient(g, W, x, mean, scale, slope, temperature)
-        grad_log_scale = grad_log_scale + total
+        more, total = gradient_at_columns(
+            H,
+            None,
+            x,
+            index,
+            column_mask,
+            _of_each_row(columns, index),
+            statistics,
+            log_total[r],
+            expected[r],
+            temperature,
+        )
+        dx, grad_log_scale = dx + more, grad_log_scale + total
     return spread_rows(dx, values, index), grad_log_scale
 
 
@@ -167,9 +163,6 @@ def _columns(
     return columns, poison if scope == "token" else poison[:, None]
 
 
-def _gather(log_p: Tensor, columns: Tensor) -> Tensor:
-    """``log_p`` ``[B, A, V]`` at ``columns``: ``[B, A, k]``, NaN where a column is none of the V."""
-    if columns.dim() == 2:
-        columns = columns[:, None].expand(-1, log_p.shape[1], -1)
-    outside = (columns < 0) | (columns >= log_p.shape[-1])
-    return log_p.gather(2, columns.clamp(0, log_p.shape[-1] - 1)).masked_fill(outside, float("nan"))
+def _of_each_row(columns: Tensor, index: Tensor) -> Tensor:
+    """``[B, A, k]`` of columns ``[B, k]`` that all rows of a sequence share, or that already."""
+    return columns if columns.dim() == 3 else columns[:, None].expand(-1, index.shape[1], -1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from mlot_kernels.logits import (
     counted_rows,
     log_probabilities,
+    looked_at,
     normalise,
     row_statistics,
     spread_rows,
@@ -72,10 +73,11 @@ def backward(
     """``g_v = grad * (q_v (M - H) - p_v (log p_v + 1))``; the log scale gets ``grad * (H - M)``."""
     x = counted_rows(values, index)[..., :vocab_size]
     scale = scale.masked_fill(index < 0, 1)
-    log_q = (x - peak[..., None]) / (temperature * scale[..., None]) - log_total[..., None]
+    below = x - peak[..., None]
+    log_q = below / (temperature * scale[..., None]) - log_total[..., None]
     p, log_p = _distribution(log_q, column_mask, log_scale, index)
     g = grad[..., None] * (log_q.exp() * (mass - entropy)[..., None] - p * (log_p + 1))
-    dx = values_gradient(g, grad * moment, x, mean, scale, slope, temperature)
+    dx = values_gradient(g, grad * moment, below, mean, scale, slope, temperature)
     return spread_rows(dx, values, index), grad * (entropy - mass)
 
 
@@ -83,8 +85,6 @@ def _distribution(
     log_q: Tensor, column_mask: Tensor | None, log_scale: Tensor | None, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """p over the columns that are looked at, and its log with 0 in place of -inf where p = 0, both ``[B, A, V]``."""
-    log_p = log_q if log_scale is None else log_q + log_scale.to(log_q.dtype).masked_fill(index < 0, 0)[..., None]
-    if column_mask is not None:
-        log_p = log_p.masked_fill(~column_mask[: log_q.shape[-1]], float("-inf"))
+    log_p = looked_at(log_q, index, column_mask, log_scale)
     p = log_p.exp()
     return p, log_p.masked_fill(p == 0, 0)

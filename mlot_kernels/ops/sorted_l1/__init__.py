@@ -1,0 +1,3 @@
+from mlot_kernels.ops.sorted_l1.op import sorted_l1
+
+__all__ = ["sorted_l1"]

@@ -1,0 +1,65 @@
+"""Inputs that the tests and the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mlot_kernels.cases import Case, Outputs, logits_examples, sides_case
+from mlot_kernels.logits import Logits, Side
+from mlot_kernels.ops.sorted_l1 import reference, sorted_l1
+
+
+def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
+    return list(_cases(dtype, device))
+
+
+def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul(2).to(dtype).to(device)
+
+    for name, student, smooth in logits_examples(dtype, device):
+        *leading, width = student.values.shape
+        other = max(1, width - 4) if width % 2 else width + 5
+        teacher = replace(student, values=randn(*leading, other), vocab_size=None, columns=None, log_scale=None)
+        yield _case(name, student, teacher, smooth)
+    student, teacher = Logits(randn(2, 3, 30)), Logits(randn(2, 3, 25), temperature=0.5, standardize=True)
+    for ties in reference.TIES:
+        for tail in reference.TAILS:
+            yield _case(f"ties {ties}, 7 columns, {tail}", student, teacher, True, ties, 7, tail)
+    yield _case("more columns than there are", student, teacher, True, top_k=100)
+    flat = randn(2, 3, 26).mul(2).round()  # runs of equal logits, which cross the other side's values
+    yield _case("ties, mean", Logits(flat), teacher, False)
+    yield _case("ties, stable", Logits(flat), teacher, False, "stable")
+    yield _case("ties on both sides", Logits(flat), Logits(randn(2, 3, 40).round()), False, top_k=9)
+    everything = Logits(randn(2, 5, 24), student.rows, 0.7, True, 20, torch.arange(24, device=device) % 5 > 0)
+    student, teacher = (
+        replace(everything, values=randn(2, 5, 24), temperature=temperature, log_scale=-randn(2, 5).abs() / 8)
+        for temperature in (0.7, 2.0)
+    )
+    yield _case("every field on both sides", student, teacher, True)
+    yield _case("one distribution, twice", student, student, False)
+
+
+def _case(
+    name: str,
+    student: Logits,
+    teacher: Logits,
+    smooth: bool,
+    ties: str = "mean",
+    top_k: int | None = None,
+    tail: str = "bucket",
+) -> Case:
+    def call(sides: tuple[Logits, ...], backend: str | None) -> Outputs:
+        return (sorted_l1(sides[0], sides[1], ties=ties, top_k=top_k, tail=tail, backend=backend),)
+
+    def definition(student: Side, teacher: Side) -> Outputs:
+        most = max(student.vocab_size, teacher.vocab_size)
+        return (reference.sorted_l1(student, teacher, ties, most if top_k is None else top_k, tail),)
+
+    return sides_case(name, (student, teacher), smooth, call, definition, output_rows=(2,), batch_dimensions=(0,))

@@ -1,0 +1,207 @@
+"""The L1 distance of two rows of probabilities, each in descending order, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlot_kernels import checks
+from mlot_kernels.checks import accumulator
+from mlot_kernels.logits import Logits, prepare
+from mlot_kernels.ops.sorted_l1 import reference
+from mlot_kernels.registry import differentiable_operator, raw_operator
+
+_SIDES = ", ".join(
+    f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
+    f"float {side}_temperature, bool {side}_standardize, int {side}_vocab_size"
+    for side in ("student", "teacher")
+)
+_SAVED = ", ".join(
+    f"Tensor {side}_{scalar}"
+    for side in ("student", "teacher")
+    for scalar in ("peak", "log_total", "mean", "scale", "slope", "total", "moment")
+)
+_OPTIONS = "str ties, int top_k, str tail"
+
+FORWARD = {"reference": reference.forward}
+BACKWARD = {"reference": reference.backward}
+
+
+def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    teacher_values = rest[5]
+    student, teacher = (accumulator(values.dtype) for values in (student_values, teacher_values))
+    dtypes = (torch.promote_types(student, teacher), *[student] * 7, *[teacher] * 7)
+    return tuple(student_values.new_empty(student_index.shape, dtype=dtype) for dtype in dtypes)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    outputs = []
+    for (values, index), needed in zip((arguments[:2], arguments[7:9]), arguments[31:33], strict=True):
+        outputs += [
+            values.new_empty(values.shape if needed else (0,)),
+            values.new_empty(index.shape if needed else (0,), dtype=accumulator(values.dtype)),
+        ]
+    return tuple(outputs)
+
+
+_forward = raw_operator(
+    f"sorted_l1_forward({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    fake=_forward_fake,
+    implementations=FORWARD,
+)
+_backward = raw_operator(
+    f"sorted_l1_backward(Tensor grad, {_SIDES}, {_OPTIONS}, {_SAVED}, bool student_needed, bool teacher_needed, "
+    "str backend) -> (Tensor grad_student_values, Tensor grad_student_log_scale, Tensor grad_teacher_values, "
+    "Tensor grad_teacher_log_scale)",
+    fake=_backward_fake,
+    implementations=BACKWARD,
+)
+
+
+class SortedL1(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        student_values: Tensor,
+        student_index: Tensor,
+        student_column_mask: Tensor | None,
+        student_log_scale: Tensor | None,
+        student_temperature: float,
+        student_standardize: bool,
+        student_vocab_size: int,
+        teacher_values: Tensor,
+        teacher_index: Tensor,
+        teacher_column_mask: Tensor | None,
+        teacher_log_scale: Tensor | None,
+        teacher_temperature: float,
+        teacher_standardize: bool,
+        teacher_vocab_size: int,
+        ties: str,
+        top_k: int,
+        tail: str,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return _forward(
+            student_values,
+            student_index,
+            student_column_mask,
+            student_log_scale,
+            student_temperature,
+            student_standardize,
+            student_vocab_size,
+            teacher_values,
+            teacher_index,
+            teacher_column_mask,
+            teacher_log_scale,
+            teacher_temperature,
+            teacher_standardize,
+            teacher_vocab_size,
+            ties,
+            top_k,
+            tail,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:4], *inputs[7:11], *output[1:])
+        ctx.student_options, ctx.teacher_options = inputs[4:7], inputs[11:14]
+        ctx.options, ctx.backend = inputs[14:17], inputs[17]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them a single time
+        needs = ctx.needs_input_grad
+        needed = needs[0] or needs[3], needs[7] or needs[10]
+        gradients = _backward(
+            grad.contiguous(),
+            *saved[:4],
+            *ctx.student_options,
+            *saved[4:8],
+            *ctx.teacher_options,
+            *ctx.options,
+            *saved[8:],
+            *needed,
+            ctx.backend,
+        )
+        by_side = []
+        for i, log_scale in enumerate((saved[3], saved[7])):
+            values, scale = gradients[2 * i : 2 * i + 2]
+            by_side.append(
+                (
+                    values if needed[i] else None,
+                    None,
+                    None,
+                    scale.to(log_scale.dtype) if needed[i] and log_scale is not None else None,
+                    None,
+                    None,
+                    None,
+                )
+            )
+        return *by_side[0], *by_side[1], None, None, None, None
+
+
+_operator = differentiable_operator(
+    f"sorted_l1({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    fake=_forward_fake,
+    function=SortedL1,
+    forward=FORWARD,
+    backward=BACKWARD,
+)
+
+
+def sorted_l1(
+    student: Tensor | Logits,
+    teacher: Tensor | Logits,
+    *,
+    ties: str = "mean",
+    top_k: int | None = None,
+    tail: str = "bucket",
+    backend: str | None = None,
+) -> Tensor:
+    """The L1 distance of each pair of rows of probabilities, sorted in descending order.
+
+    The token-wise term of Universal Logit Distillation (arXiv 2402.12030), which is the Wasserstein-1 distance of the
+    two rows' values times their number; the smaller vocabulary is padded with probabilities of 0::
+
+        loss = sum_i |sort(p_student)_i - sort(p_teacher)_i|
+
+    Args:
+        student, teacher: ``[B, T, V]`` or ``[N, V]``, float16, bfloat16, float32 or float64, or ``Logits``; the two may
+            differ in T, V and dtype. Row a of one side meets row a of the other: their rows have the same shape and
+            count, as those that ``pair`` returns. Columns that ``columns`` leaves out are not there.
+        ties: whose gradient equal logits get: ``"mean"``: each the mean of their signs, which does not depend on the
+            order of the vocabulary; ``"stable"``: the lower index is the larger, as in a stable sort.
+        top_k: compare the ``top_k`` largest probabilities of each side only; None: all.
+        tail: what becomes of the others: ``"bucket"``: adds ``|their sum on one side - their sum on the other|``, a
+            lower bound of their distance and equal to it where the two tails do not cross; ``"drop"``: they do not
+            count.
+        backend: run on this backend or raise; by default the best one for the device.
+
+    Returns:
+        ``[B, A]`` (``[N]`` for ``[N, V]``), float32 (float64 where either side is float64), from 0 to 2 without log
+        scales; 0 beyond the counted rows, NaN where only one of two rows counts or either holds NaN. Differentiable
+        once with respect to both sides' ``values`` and ``log_scale``; where two sorted probabilities are equal the
+        gradient is 0.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, dtype, shape, device or value.
+        BackendUnavailable: ``backend`` cannot run this call.
+    """
+    s, t = prepare(student, "student"), prepare(teacher, "teacher")
+    if s.index.shape != t.index.shape:
+        raise ValueError(
+            "student and teacher must have rows of the same shape [B, A], got "
+            f"{tuple(s.index.shape)} and {tuple(t.index.shape)}; match them with mlot_kernels.pair"
+        )
+    checks.same_device(student=s.values, teacher=t.values)
+    checks.choice("ties", ties, reference.TIES)
+    checks.choice("tail", tail, reference.TAILS)
+    if top_k is not None:
+        checks.integer("top_k", top_k, 1)
+    most = max(s.vocab_size, t.vocab_size)
+    loss = _operator(*s.side, *t.side, ties, most if top_k is None else top_k, tail, backend=backend)[0]
+    return s.restore(loss)

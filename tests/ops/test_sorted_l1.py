@@ -1,0 +1,162 @@
+import itertools
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlot_kernels import Logits, Rows, pair, sorted_l1
+
+
+def two_sorts(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """By two stable full sorts of probabilities, for autograd to differentiate."""
+    p, q = (x.softmax(-1).sort(dim=-1, descending=True, stable=True).values for x in (student, teacher))
+    width = max(p.shape[-1], q.shape[-1])
+    p, q = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (p, q))
+    return (p - q).abs().sum(-1)
+
+
+def gradients(function, student, teacher):
+    leaves = [x.clone().requires_grad_() for x in (student, teacher)]
+    value = function(*leaves)
+    (value * torch.arange(1.0, value.numel() + 1).view_as(value)).sum().backward()
+    return value.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize(("V_s", "V_t"), [(40, 40), (40, 25), (25, 40), (1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_two_stable_sorts(V_s, V_t, dtype):
+    student, teacher = torch.randn(2, 3, V_s, dtype=dtype) * 2, torch.randn(2, 3, V_t, dtype=dtype) * 2
+    for ties in ("stable", "mean"):  # without ties the two are the same
+        ours = gradients(lambda s, t, ties=ties: sorted_l1(s, t, ties=ties), student, teacher)
+        for a, b in zip(ours, gradients(two_sorts, student, teacher), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ties_stable_are_those_of_a_stable_sort(dtype):
+    student, teacher = (torch.randn(2, 4, V).mul(2).round().to(dtype) for V in (60, 50))
+    ours = gradients(lambda s, t: sorted_l1(s, t, ties="stable"), student, teacher)
+    expected = gradients(two_sorts, student.double(), teacher.double())
+    for a, b in zip(ours, expected, strict=True):
+        # equal values on both sides: their difference is rounding in either computation, and so is its sign
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2 * torch.finfo(dtype).eps + 1e-6)
+
+
+def test_ties_mean_are_the_mean_over_all_orders():
+    values = torch.tensor([1.0, 1.0, 1.0, 0.0, -1.0], dtype=torch.float64)
+    teacher = torch.tensor([[1.4, 0.9, 0.2, 0.1]], dtype=torch.float64)
+    ours = gradients(sorted_l1, values[None], teacher)
+    total = torch.zeros(5, dtype=torch.float64)
+    orders = list(itertools.permutations(range(3)))
+    for order in orders:
+        permutation = torch.tensor([*order, 3, 4])
+        by_order = gradients(two_sorts, values[permutation][None], teacher)[1][0]
+        total[permutation] += by_order
+    torch.testing.assert_close(ours[1][0], total / len(orders))
+    stable = gradients(lambda s, t: sorted_l1(s, t, ties="stable"), values[None], teacher)
+    assert not torch.allclose(stable[1], ours[1])  # the run is crossed, else this shows nothing
+
+
+def test_is_the_wasserstein_distance_of_the_values():
+    student, teacher = torch.randn(1, 50, dtype=torch.float64), torch.randn(1, 50, dtype=torch.float64)
+    expected = 50 * scipy.stats.wasserstein_distance(student[0].softmax(-1), teacher[0].softmax(-1))
+    assert sorted_l1(student, teacher).item() == pytest.approx(expected)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12))
+def test_top_k(seed, k):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(1, 3, V, generator=generator).double() * 2 for V in (9, 11))
+    p, q = (x.softmax(-1).sort(dim=-1, descending=True).values for x in (student, teacher))
+    p = torch.nn.functional.pad(p, (0, 2))
+    head = (p[..., :k] - q[..., :k]).abs().sum(-1)
+    tail = (p[..., k:] - q[..., k:]).sum(-1).abs()
+    torch.testing.assert_close(sorted_l1(student, teacher, top_k=k, tail="drop"), head)
+    bucket = sorted_l1(student, teacher, top_k=k)
+    torch.testing.assert_close(bucket, head + tail)
+    whole = sorted_l1(student, teacher)
+    assert (bucket <= whole + 1e-12).all()
+    signs = (p[..., k:] - q[..., k:]).sign()
+    uncrossed = (signs == signs[..., :1]).all(-1) if k < 11 else torch.ones_like(whole, dtype=torch.bool)
+    torch.testing.assert_close(bucket[uncrossed], whole[uncrossed])
+
+
+@given(st.integers(0, 10_000))
+def test_the_order_of_either_vocabulary_changes_nothing(seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(1, 2, V, generator=generator).double().mul(2).round() for V in (14, 11))
+    order = torch.randperm(14, generator=generator)
+    plain = gradients(sorted_l1, student, teacher)
+    permuted = gradients(sorted_l1, student[..., order], teacher[..., torch.randperm(11, generator=generator)])
+    torch.testing.assert_close(permuted[0], plain[0])
+    torch.testing.assert_close(permuted[1], plain[1][..., order], atol=1e-6, rtol=0)
+
+
+def test_is_symmetric_and_between_0_and_2():
+    student, teacher = torch.randn(2, 3, 20) * 5, torch.randn(2, 3, 30) * 0.1
+    torch.testing.assert_close(sorted_l1(student, teacher), sorted_l1(teacher, student))
+    assert (sorted_l1(student, teacher) <= 2).all()
+    assert (sorted_l1(student, student) == 0).all()
+    one_hot = torch.zeros(1, 1, 10_000)
+    one_hot[..., 3] = 200
+    assert sorted_l1(one_hot, torch.zeros(1, 1, 10_000)).item() == pytest.approx(2, rel=1e-3)
+
+
+def test_columns_left_out_are_not_there():
+    student, teacher = torch.randn(1, 2, 12), torch.randn(1, 2, 10)
+    columns = torch.arange(12) % 3 > 0
+    kept = torch.nn.functional.pad(student.softmax(-1)[..., columns], (0, 2))
+    expected = (kept.sort(descending=True).values - teacher.softmax(-1).sort(descending=True).values).abs().sum(-1)
+    torch.testing.assert_close(sorted_l1(Logits(student, columns=columns), teacher), expected)
+
+
+def test_paired_rows_and_rows_that_are_no_pair():
+    student, teacher = torch.randn(1, 4, 9), torch.randn(1, 5, 9)
+    rows = Rows.from_mask(torch.tensor([[True, True, False, True]])), Rows.every(1, 5)
+    pairs = pair(*rows)
+    assert pairs.mismatched.all()  # two spans against one
+    pairs = pair(Rows.from_mask(torch.tensor([[True, True, False, True]]), spans="one"), rows[1])
+    loss = sorted_l1(Logits(student, pairs.student), Logits(teacher, pairs.teacher))
+    torch.testing.assert_close(loss[0, :3], two_sorts(student[0, [0, 1, 3]], teacher[0, :3]))
+    assert loss[0, 3] == 0
+    loose = sorted_l1(Logits(student, Rows.every(1, 4)), Logits(teacher[:, :4], rows[0]))
+    assert loose.isnan().tolist() == [[False, False, False, True]]
+
+
+def test_a_side_that_needs_no_gradient_gets_none():
+    student, teacher = torch.randn(1, 2, 5, requires_grad=True), torch.randn(1, 2, 6)
+    sorted_l1(student, teacher).sum().backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_the_two_sides_may_differ_in_dtype():
+    student, teacher = torch.randn(1, 2, 5, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 2, 6).double()
+    loss = sorted_l1(student, teacher)
+    loss.sum().backward()
+    assert (loss.dtype, student.grad.dtype) == (torch.float64, torch.bfloat16)
+
+
+X = torch.randn(2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: sorted_l1(X, X[:, :2]), ValueError, r"rows of the same shape .*match them with mlot_kernels.pair"),
+        (lambda: sorted_l1(X, X[:1]), ValueError, "rows of the same shape"),
+        (lambda: sorted_l1(X.long(), X), TypeError, "student.values must be one of"),
+        (lambda: sorted_l1(X, "teacher"), TypeError, "teacher must be a tensor or Logits"),
+        (lambda: sorted_l1(X, X.to("meta")), ValueError, "student on cpu, teacher on meta"),
+        (lambda: sorted_l1(X, X, ties="first"), ValueError, "ties must be one of 'mean', 'stable', got 'first'"),
+        (lambda: sorted_l1(X, X, tail="ignore"), ValueError, "tail must be one of 'bucket', 'drop'"),
+        (lambda: sorted_l1(X, X, top_k=0), ValueError, "top_k must be at least 1"),
+        (lambda: sorted_l1(X, X, top_k=2.5), TypeError, "top_k must be an int"),
+        (lambda: sorted_l1(X, X, k=2), TypeError, "k"),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
