@@ -1,7 +1,7 @@
 """Fused ranking and optimal-transport operators for distillation losses."""
 
 from mlot_kernels.backends import BackendUnavailable, explain, use_backend
-from mlot_kernels.logits import Logits
+from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses import (
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
@@ -10,14 +10,16 @@ from mlot_kernels.losses import (
     official_multi_level_ot_loss,
     uld_loss,
 )
+from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.pairwise_cost import pairwise_cost
-from mlot_kernels.ops.rank_truncate import Ranked, gather_columns, rank_truncate
+from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.row_entropy import row_entropy
-from mlot_kernels.ops.sinkhorn import Transport, sinkhorn
+from mlot_kernels.ops.sinkhorn import sinkhorn
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.token_log_probability import token_log_probability
 from mlot_kernels.ops.topk_softmax import TopK, topk_softmax
 from mlot_kernels.rows import Pairing, Rows, pair
+from mlot_kernels.transport import Transport
 
 __all__ = [
     "BackendUnavailable",
@@ -32,6 +34,7 @@ __all__ = [
     "ULDLoss",
     "explain",
     "gather_columns",
+    "match_columns",
     "multi_level_ot_loss",
     "official_multi_level_ot_loss",
     "pair",

@@ -14,7 +14,6 @@ from torch import Tensor
 from mlot_kernels.logits import Logits, log_probabilities, prepare
 from mlot_kernels.rows import Rows
 
-VOCABULARIES = (32_000, 50_257, 128_256, 151_936)  # Llama 2, GPT-2, Llama 3, Qwen
 MOST_COLUMNS = 64  # what an example keeps of a row, and a few scalars
 
 Outputs = tuple[Tensor, ...]
@@ -40,6 +39,9 @@ class Case:
         condition: how much the problem magnifies rounding; four last places times this are no implementation's fault.
         memory: how many floats a call may allocate beside its outputs and gradients; None: not bounded here.
         smooth: gradcheck applies (no tie, no kink, no infinity).
+        excess: for outputs that are indices, which have no gradient and may differ where choices are nearly as good:
+            ``(inputs, outputs) -> `` by how much each choice is worse than the best, inf where it is no choice at all.
+        waits: by design the call waits for the device.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Case:
     condition: float = 0.0
     memory: int | None = None
     smooth: bool = True
+    excess: Callable[[tuple[Tensor, ...], Outputs], Tensor] | None = None
+    waits: bool = False
 
 
 def logits_examples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Logits, bool]]:
@@ -104,17 +108,19 @@ def logits_examples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Logi
     yield "-inf columns", Logits(randn(2, 3, 20).masked_fill(behind, float("-inf"))), False
     masked = randn(2, 3, 20).masked_fill(~behind, float("-inf"))
     yield "-inf columns, standardized", Logits(masked, standardize=True), False
+    yield "mostly -inf, standardized", Logits(masked[..., 13:].contiguous(), standardize=True), False
 
 
 def _narrowed(rows: Rows, width: int) -> Rows:
-    return Rows(rows.index[:, :width], rows.count, rows.span[:, :width], rows.spans)
+    return Rows(rows.index[:, :width], rows.count, rows.span[:, :width], rows.spans, rows.length)
 
 
 def sequence_of(logits: Logits, b: int) -> Logits:
     """Sequence ``b`` of ``[B, T, V]`` logits alone, as a batch of one."""
     rows = logits.rows
     if rows is not None:
-        rows = Rows(*(x[b : b + 1] for x in (rows.index, rows.count, rows.span, rows.spans)))
+        index, count, span, spans = (x[b : b + 1] for x in (rows.index, rows.count, rows.span, rows.spans))
+        rows = Rows(index, count, span, spans, rows.length)
     log_scale = None if logits.log_scale is None else logits.log_scale[b : b + 1]
     return replace(logits, values=logits.values[b : b + 1], rows=rows, log_scale=log_scale)
 

@@ -28,7 +28,7 @@ from mlot_kernels.rows import Rows
 STANDARD_DEVIATION_OFFSET = 1e-4  # of the published Multi-Level-OT code, added after the square root
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Logits:
     """Logits and how to read them; operators take a plain tensor as ``Logits(tensor)``.
 
@@ -40,7 +40,8 @@ class Logits:
             ``rows.count``. Rows that do not count are never read and get gradient 0.
         temperature: above 0.
         standardize: divide each row by its unbiased standard deviation + 1e-4, taken over the columns below
-            ``vocab_size`` that are not ``-inf``; the gradient goes through it.
+            ``vocab_size`` that are not ``-inf``; the gradient goes through it. Masks must be ``-inf`` here: a column at
+            the smallest finite number counts, and makes the deviation as large.
         vocab_size: columns from here on do not belong to the distribution (padding of the embedding); None: V.
         columns: bool ``[V]``, which columns the operator looks at. The normaliser and the standard deviation still run
             over all columns below ``vocab_size``, so that the kept probabilities may sum to less than 1.
@@ -145,6 +146,7 @@ def prepare(logits: Any, name: str = "logits") -> Prepared:
         raise TypeError(f"{name}.rows must be Rows, got {type(rows).__name__}; make them with Rows.from_labels")
     checks.tensor(f"{name}.rows.index", rows.index, "[B, A]", (torch.int64,))
     checks.sized(f"{name}.rows.index", rows.index, (B, rows.index.shape[1]), "[B, A] for values of B sequences")
+    rows.check_length(T, f"{name}.rows", f"{name}.values")
     vocab_size = V
     if logits.vocab_size is not None:
         vocab_size = checks.integer(f"{name}.vocab_size", logits.vocab_size, 1, V, "the width of values")

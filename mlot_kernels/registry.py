@@ -9,7 +9,6 @@ An operator whose outputs are indices has no gradient, and so nothing to join: i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +106,42 @@ def plain_operator(schema: str, *, fake: Callable[..., Any], implementations: Ta
     return OPERATORS[name]
 
 
-def lazy(path: str) -> Callable[..., Any]:
-    """A function named ``"module:function"`` that is imported at its first call."""
-    module, function = path.split(":")
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``backward(ctx, saved, *grads)`` an ``autograd.Function``'s backward that has no derivative itself.
 
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*arguments)
+    ``saved`` are ``ctx.saved_tensors``, unpacked here because checkpointing allows that a single time. A second
+    derivative raises; torch's own decorator of this name lets it pass as 0 where the upstream gradient is a constant.
+    """
 
-    return call
+    def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            outputs = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # nobody asks for a graph of this
+            return outputs
+        inputs = [x for x in (*saved, *grads) if isinstance(x, Tensor) and x.requires_grad]
+        return tuple(None if output is None else _NoSecondDerivative.apply(output, *inputs) for output in outputs)
+
+    return once
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands a gradient on, connected to what it was made of."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the operators of mlot_kernels are differentiable once, and this asks for a second derivative; "
+            "detach their gradient, or differentiate the definition in the operator's reference.py"
+        )
 
 
 def _name(schema: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mlot_kernels import checks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """The counted rows of each sequence, in the order of their positions.
 
@@ -26,17 +26,29 @@ class Rows:
         count: ``[B]`` int64, how many rows count.
         span: ``[B, A]`` int64, which answer span, from 0 on, the a-th counted row belongs to; -1 beyond the last one.
         spans: ``[B]`` int64, how many answer spans there are, empty ones included.
+        length: T of the sequences that ``index`` points into.
     """
 
     index: Tensor
     count: Tensor
     span: Tensor
     spans: Tensor
+    length: int
 
     @property
     def counted(self) -> Tensor:
         """``[B, A]`` bool, True in front of the -1s."""
         return self.index >= 0
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on another device."""
+        index, count, span, spans = (x.to(device) for x in (self.index, self.count, self.span, self.spans))
+        return Rows(index, count, span, spans, self.length)
+
+    def check_length(self, length: int, name: str, what: str) -> None:
+        """Raise where these rows were not made for sequences of ``length`` positions."""
+        if self.length != length:
+            raise ValueError(f"{name} are rows of sequences of {self.length} positions, but {what} have {length}")
 
     @staticmethod
     def from_labels(labels: Tensor, *, shift: int = 1, ignore_index: int = -100, spans: str = "runs") -> Rows:
@@ -49,8 +61,8 @@ class Rows:
             spans: ``"runs"``: every run of adjacent rows is an answer span (the turns of a dialogue); ``"one"``: all
                 rows of a sequence are one span, whatever lies between them.
         """
-        checks.tensor("labels", labels, "[B, T]", (*checks.INTEGERS, torch.int16, torch.uint8))
-        checks.integer("shift", shift, 0, labels.shape[1], "T")
+        checks.tensor("labels", labels, "[B, T]", checks.INTEGERS)
+        shift = min(checks.integer("shift", shift, 0), labels.shape[1])
         counted = labels != checks.integer("ignore_index", ignore_index, -(2**63))
         if shift:
             counted = torch.cat((counted[:, shift:], counted.new_zeros(counted.shape[0], shift)), 1)
@@ -71,7 +83,7 @@ class Rows:
             first = mask.clone()
             first[:, 1:] &= ~mask[:, :-1]
             span, number = (first.cumsum(1) - 1).gather(1, order), first.sum(1)
-        return Rows(order.masked_fill(behind, -1), count, span.masked_fill(behind, -1), number)
+        return Rows(order.masked_fill(behind, -1), count, span.masked_fill(behind, -1), number, mask.shape[1])
 
     @staticmethod
     def from_lengths(starts: Tensor, lengths: Tensor, width: int) -> Rows:
@@ -87,20 +99,22 @@ class Rows:
         checks.sized("lengths", lengths, starts.shape, "of the shape of starts")
         checks.same_device(starts=starts, lengths=lengths)
         checks.integer("width", width, 0)
+        if starts.dim() == 2:
+            checks.integer("the number of spans, starts.shape[1],", starts.shape[1], 1)
         starts, lengths = (x if x.dim() == 2 else x[:, None] for x in (starts, lengths))
         position = torch.arange(width, device=starts.device)[:, None]
         inside = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])  # [B, width, S]
         rows = Rows.from_mask(inside.any(2), spans="one")
         which = inside.to(torch.uint8).argmax(2).gather(1, rows.index.clamp(min=0))
         spans = torch.full_like(rows.count, starts.shape[1])
-        return Rows(rows.index, rows.count, which.masked_fill(~rows.counted, -1), spans)
+        return Rows(rows.index, rows.count, which.masked_fill(~rows.counted, -1), spans, width)
 
     @staticmethod
     def every(batch: int, length: int, device: torch.device | str | None = None) -> Rows:
         """All rows of ``[batch, length, V]``, one span a sequence."""
         index = torch.arange(length, device=device).repeat(batch, 1)
         count = torch.full((batch,), length, device=device)
-        return Rows(index, count, torch.zeros_like(index), torch.ones_like(count))
+        return Rows(index, count, torch.zeros_like(index), torch.ones_like(count), length)
 
     @staticmethod
     def of(value: Any, logits: Tensor, *, shift: int, name: str) -> Rows:
@@ -111,12 +125,14 @@ class Rows:
             name: the argument's name, for messages.
         """
         B, T = logits.shape[:2]
+        checks.integer("shift", shift, 0)
         if value is None:
             return Rows.every(B, T, logits.device)
         if isinstance(value, Rows):
             checks.sized(f"{name}.count", value.count, (B,), "[B] as its logits")
+            value.check_length(T, name, "its logits")
         else:
-            checks.tensor(name, value, "[B, T]", (*checks.INTEGERS, torch.int16, torch.uint8, torch.bool))
+            checks.tensor(name, value, "[B, T]", (*checks.INTEGERS, torch.bool))
             checks.sized(name, value, (B, T), "[B, T] as its logits")
         checks.same_device(**{name: value.index if isinstance(value, Rows) else value, "its logits": logits})
         if isinstance(value, Rows):
@@ -131,7 +147,8 @@ class Pairing(NamedTuple):
         student, teacher: each side's rows, cut to the matched ones: the same ``count``, and the student's width A.
         student_slot, teacher_slot: ``[B, A]`` int64, where among its side's counted rows the p-th pair's row stands,
             for gathering from ``[B, A, ...]`` outputs of operators that ran over all counted rows; 0 beyond ``count``.
-        mismatched: ``[B]`` bool, the two sides have different numbers of spans; such a sequence has no pair.
+        mismatched: ``[B]`` bool, rows count on both sides, but in different numbers of spans; such a sequence has no
+            pair. A side on which nothing counts, an answer that was cut off, is no mismatch: there is nothing to pair.
     """
 
     student: Rows
@@ -153,7 +170,8 @@ def pair(student_rows: Rows, teacher_rows: Rows, *, check: bool = False) -> Pair
     """
     checks.sized("teacher_rows.count", teacher_rows.count, student_rows.count.shape, "[B] as student_rows")
     checks.same_device(student_rows=student_rows.index, teacher_rows=teacher_rows.index)
-    mismatched = student_rows.spans != teacher_rows.spans
+    both = (student_rows.count > 0) & (teacher_rows.count > 0)
+    mismatched = (student_rows.spans != teacher_rows.spans) & both
     if check and bool(mismatched.any()):
         b = int(mismatched.nonzero()[0])
         raise ValueError(
@@ -192,6 +210,6 @@ def _bounds(rows: Rows, span: Tensor) -> tuple[Tensor, Tensor]:
 def _cut(rows: Rows, slot: Tensor, count: Tensor, behind: Tensor) -> Rows:
     if rows.index.shape[1] == 0:  # nothing to gather from, and so nothing matched
         nowhere = torch.full_like(slot, -1)
-        return Rows(nowhere, count, nowhere.clone(), rows.spans)
+        return Rows(nowhere, count, nowhere.clone(), rows.spans, rows.length)
     index, span = (x.gather(1, slot).masked_fill(behind, -1) for x in (rows.index, rows.span))
-    return Rows(index, count, span, rows.spans)
+    return Rows(index, count, span, rows.spans, rows.length)

@@ -48,11 +48,12 @@ def cases(operator: Operator, *having: str, dtype: torch.dtype = torch.float32) 
 
 def test_every_operator_has_all_its_rooms():
     for name, operator in OPERATORS.items():
-        assert operator.forward.keys() == operator.backward.keys(), name
+        differentiable = operator.function is not None
+        assert operator.backward.keys() == (operator.forward.keys() if differentiable else set()), name
         assert "reference" in operator.forward, name
         folder = os.path.join(os.path.dirname(mlot_kernels.__file__), "ops", name)
         assert {"op.py", "reference.py", "cases.py", "README.md"} <= set(os.listdir(folder)), name
-        for suffix in ("", "_forward", "_backward"):
+        for suffix in ("", "_forward", "_backward") if differentiable else ("",):
             assert hasattr(torch.ops.mlot, name + suffix)
 
 
@@ -62,12 +63,17 @@ def test_fidelity(operator, backend, i, dtype):
     contract.fidelity(case_of(operator, i, dtype), backend)
 
 
-@by_case
+# Without ties, kinks and infinities, at which test_fidelity compares the gradient with the definition's.
+@pytest.mark.parametrize(
+    ("operator", "backend", "i"),
+    [
+        p
+        for p in CASES
+        if p.values[0].function is not None and contract.cases_of(p.values[0], torch.float64, "cpu")[p.values[2]].smooth
+    ],
+)
 def test_gradcheck(operator, backend, i):
-    case = case_of(operator, i, torch.float64)
-    if not case.smooth:
-        return  # a tie, a kink or an infinity: test_fidelity compares its gradient with the definition's
-    contract.gradcheck(case, backend)
+    contract.gradcheck(case_of(operator, i, torch.float64), backend)
 
 
 @by_operator
@@ -98,7 +104,9 @@ def test_nan_shows_where_it_counts_and_nowhere_else(operator, backend):
 
 @by_operator
 def test_no_host_sync(operator, backend):
-    for case in cases(operator):
+    found = [case for case in cases(operator) if not case.waits]
+    assert len(found) == len(cases(operator)) or operator.name == "match_columns"  # its method "optimal" calls SciPy
+    for case in found:
         contract.no_host_sync(operator, case, backend)
 
 

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from mlot_kernels.cases import Case
+from mlot_kernels.ops.match_columns import reference as indices
 from mlot_kernels.ops.row_entropy import reference
-from mlot_kernels.registry import OPERATORS
+from mlot_kernels.registry import OPERATORS, Operator
 from tests import contract
 
 if torch.cuda.is_available():
     pytest.skip("the broken backends pose as 'cpu', which takes no CUDA tensors", allow_module_level=True)
 
 OPERATOR = OPERATORS["row_entropy"]
+INDICES = OPERATORS["match_columns"]
 
 
-def case(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    return next(c for c in contract.cases_of(OPERATOR, dtype, "cpu") if c.name == name)
+def case(name: str, dtype: torch.dtype = torch.float32, operator: Operator = OPERATOR) -> Case:
+    return next(c for c in contract.cases_of(operator, dtype, "cpu") if c.name == name)
 
 
 def first(change: Callable[..., Tensor], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,6 +121,77 @@ def test_a_broken_promise_is_found(name):
         pytest.raises((AssertionError, RuntimeError)),
     ):
         check(case(case_name, *dtype), "cpu")
+
+
+def next_best(columns: Tensor, *_: Any) -> Tensor:
+    return columns.roll(1, -1)
+
+
+def same_for_all(columns: Tensor, *_: Any) -> Tensor:
+    return columns[:, :1].expand_as(columns).contiguous()
+
+
+def refuses_to_choose(columns: Tensor, *_: Any) -> Tensor:
+    return torch.full_like(columns, -1)
+
+
+def at_random(columns: Tensor, *_: Any) -> Tensor:
+    return columns[:, torch.randperm(columns.shape[1])]
+
+
+def of_the_first(columns: Tensor, *_: Any) -> Tensor:
+    return columns[:1].expand_as(columns).contiguous()
+
+
+def reads_all_rows(columns: Tensor, values: Tensor, *_: Any) -> Tensor:
+    return columns + values.isnan().any().long()
+
+
+def hides_nan(columns: Tensor, *_: Any) -> Tensor:
+    return columns.clamp(min=0)
+
+
+def other_dtype(columns: Tensor, *_: Any) -> Tensor:
+    return columns.int()
+
+
+BROKEN_INDICES = {
+    "fidelity, greedy": (contract.fidelity, next_best, "odd width, greedy"),
+    "fidelity, optimal": (contract.fidelity, next_best, "odd width, optimal"),
+    "fidelity, one column for all": (contract.fidelity, same_for_all, "odd width, greedy"),
+    "fidelity, one column for all, optimal": (contract.fidelity, same_for_all, "odd width, optimal"),
+    "fidelity, no choice, greedy": (contract.fidelity, refuses_to_choose, "odd width, greedy"),
+    "fidelity, no choice, optimal": (contract.fidelity, refuses_to_choose, "odd width, optimal"),
+    "fidelity, a choice where there is none": (contract.fidelity, hides_nan, "fewer columns than k, greedy"),
+    "fidelity, dtype": (contract.fidelity, other_dtype, "odd width, greedy"),
+    "determinism": (contract.determinism, at_random, "odd width, greedy"),
+    "independence": (contract.independence, of_the_first, "odd width, greedy"),
+    "what does not count": (contract.uncounted, reads_all_rows, "some rows count, greedy"),
+    "NaN is swallowed": (contract.nan_shows, hides_nan, "odd width, greedy"),
+    "NaN spreads": (contract.nan_shows, reads_all_rows, "odd width, greedy"),
+    "transformations": (contract.composes, at_random, "odd width, greedy"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_INDICES)
+def test_a_broken_promise_of_indices_is_found(name):
+    check, change, case_name = BROKEN_INDICES[name]
+    sound = case(case_name, operator=INDICES)
+    with mock.patch.dict(INDICES.forward, cpu=indices.match_columns):
+        check(sound, "cpu")
+    broken = {"cpu": lambda *arguments: change(indices.match_columns(*arguments), *arguments)}
+    with mock.patch.dict(INDICES.forward, broken), pytest.raises(AssertionError):
+        check(sound, "cpu")
+
+
+def test_an_output_without_its_gradient_is_found():
+    sound = case("odd width")
+
+    def constant(inputs: tuple[Tensor, ...], backend: str | None) -> tuple[Tensor, ...]:
+        return tuple(y.detach() for y in sound.call(inputs, backend))
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        contract.fidelity(Case(sound.name, sound.inputs, constant, sound.definition, (2,), (2,), (0,)), "reference")
 
 
 def test_a_host_sync_is_found():

@@ -74,6 +74,7 @@ X = torch.randn(2, 3, 5)
         ({"rows": torch.ones(2, 3)}, TypeError, "rows must be Rows, got Tensor; make them with Rows.from_labels"),
         ({"rows": Rows.every(3, 3)}, ValueError, r"rows.index must be \[B, A\] for values of B sequences, \(2, 3\)"),
         ({"rows": Rows.every(2, 3, "meta")}, ValueError, "one device, got logits.values on cpu, logits.rows on meta"),
+        ({"rows": Rows.every(2, 4)}, ValueError, "rows are rows of sequences of 4 positions, but logits.values have 3"),
         ({"temperature": 0}, ValueError, "temperature must be above 0, got 0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be finite, got nan"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),

@@ -69,7 +69,7 @@ def test_pairs_are_those_of_a_plain_loop(student, teacher):
     assert pairs.student.index.shape == pairs.teacher.index.shape == sides[0].index.shape
     for b in range(B):
         s, t = spans_of(student[b], 0), spans_of(teacher[b], 0)
-        assert bool(pairs.mismatched[b]) == (len(s) != len(t))
+        assert bool(pairs.mismatched[b]) == (len(s) != len(t) and min(len(s), len(t)) > 0)
         expected = [] if len(s) != len(t) else [p for x, y in zip(s, t, strict=True) for p in zip(x, y, strict=False)]
         n = int(pairs.student.count[b])
         found = list(zip(pairs.student.index[b, :n].tolist(), pairs.teacher.index[b, :n].tolist(), strict=True))
@@ -86,6 +86,23 @@ def test_mismatched_spans_raise_under_check():
         pair(Rows.from_mask(one), Rows.from_mask(two), check=True)
     assert pair(Rows.from_mask(one), Rows.from_mask(two)).mismatched.all()
     assert not pair(Rows.from_mask(one), Rows.from_mask(two, spans="one"), check=True).mismatched.any()
+
+
+def test_a_side_on_which_nothing_counts_is_no_mismatch():
+    labels = torch.tensor([[-100, 1, 1, -100, 1]])
+    pairs = pair(Rows.from_labels(labels), Rows.from_labels(torch.full((1, 5), -100)), check=True)
+    assert not pairs.mismatched.any()
+    assert pairs.student.count.item() == 0
+
+
+def test_no_position_at_all():
+    rows = Rows.from_labels(torch.zeros(2, 0, dtype=torch.int64))
+    assert rows.index.shape == (2, 0)
+    assert pair(rows, Rows.every(2, 3)).student.count.tolist() == [0, 0]
+
+
+def test_rows_move_to_another_device():
+    assert Rows.every(2, 3).to("meta").index.device.type == "meta"
 
 
 def test_nothing_waits_for_the_device():
@@ -116,6 +133,8 @@ LABELS = torch.ones(1, 3, dtype=torch.int64)
         ),
         (lambda: Rows.from_labels(LABELS, shift=True), TypeError, "shift must be an int"),
         (lambda: Rows.from_labels(LABELS, spans="two"), ValueError, "'runs', 'one'"),
+        (lambda: Rows.from_labels(LABELS.to(torch.uint8)), TypeError, "labels must be one of .*got torch.uint8"),
+        (lambda: Rows.from_lengths(LABELS[:, :0], LABELS[:, :0], 4), ValueError, "the number of spans"),
         (lambda: Rows.from_mask(torch.ones(1, 3)), TypeError, "mask must be one of torch.bool"),
         (
             lambda: Rows.from_lengths(torch.ones(2, dtype=torch.int64), torch.ones(3, dtype=torch.int64), 4),

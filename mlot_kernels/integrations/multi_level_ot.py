@@ -23,13 +23,14 @@ _WITHOUT_EFFECT = {
     "tokenizer_student": None,
     "tokenizer_teacher": None,
 }
+_MATCHINGS = {1: "sum", 2: "greedy"}
 
 
 class DistillationLoss(nn.Module):
     """The published class: its constructor, its ``forward`` and its 3-tuple, on fused operators.
 
-    Values are those of ``MultiLevelOTLoss.official()``, which see. Unlike the published class it leaves the models'
-    logits as they are, and an empty answer gives no NaN.
+    Values are those of ``MultiLevelOTLoss.official()``, which see, but for ``f=2``. Unlike the published class it
+    leaves the models' logits as they are, and an empty answer gives no NaN.
 
     Args:
         batch_limit, store_path, debug, debug_rank, tokenizer_student, tokenizer_teacher: taken and without effect;
@@ -38,8 +39,9 @@ class DistillationLoss(nn.Module):
         distillation_weight: of the distillation term.
         student_temperature, teacher_temperature, skip_student_eos, skip_teacher_eos, ignore_index: see
             ``official_multi_level_ot_loss``.
-        f: 1, each side in the order of its own sums. 2, the greedy matching, is not there yet: the published one does
-            not run (its loops go over the wrong axes).
+        f: 1, each side in the order of its own sums. 2, the greedy matching as it was meant: the published one, whose
+            loops go over the wrong axes, raises or leaves columns out (``matching`` of
+            ``official_multi_level_ot_loss``).
     """
 
     def __init__(
@@ -71,15 +73,12 @@ class DistillationLoss(nn.Module):
         idle = [name for name, value in given.items() if value != _WITHOUT_EFFECT[name]]
         if idle:
             warnings.warn(f"DistillationLoss: {', '.join(idle)} have no effect here; leave them out", stacklevel=2)
-        if f == 2:
-            raise ValueError(
-                "f=2, the greedy matching, is not supported yet; pass f=1, each side ranked by its own sums"
-            )
-        if f != 1:
-            raise ValueError(f"f must be 1, got {f!r}")
+        if f not in _MATCHINGS:
+            raise ValueError(f"f must be 1 (each side ranked by its own sums) or 2 (greedy matching), got {f!r}")
         self.crossentropy_weight = checks.number("crossentropy_weight", crossentropy_weight)
         self.distillation_weight = checks.number("distillation_weight", distillation_weight)
         self.distillation = OfficialMultiLevelOTLoss(
+            matching=_MATCHINGS[f],
             skip_student_eos=skip_student_eos,
             skip_teacher_eos=skip_teacher_eos,
             student_temperature=student_temperature,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import BACKENDS
 from mlot_kernels.rows import Rows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -40,6 +41,11 @@ def at_rows(weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor | None:
     if weight.shape[1] == 0:
         return like.new_zeros(rows.index.shape)
     return weight.gather(1, rows.index.clamp(min=0)).to(like.dtype).masked_fill(~rows.counted, 0)
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None:
+        checks.choice("backend", backend, BACKENDS)
 
 
 def check_reduction(reduction: str, num_items_in_batch: Any = None) -> None:

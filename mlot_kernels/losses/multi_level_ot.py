@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mlot_kernels import checks
-from mlot_kernels.logits import Logits
+from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses.common import at_rows, check_reduction, reduce, two_sides, vocabulary
+from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.pairwise_cost import pairwise_cost
-from mlot_kernels.ops.rank_truncate import Ranked, rank_truncate
+from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.rank_truncate.reference import SCOPES
 from mlot_kernels.ops.sinkhorn import sinkhorn
 from mlot_kernels.rows import Pairing, Rows, pair
@@ -19,7 +21,7 @@ from mlot_kernels.rows import Pairing, Rows, pair
 if TYPE_CHECKING:
     from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss
 
-MATCHINGS = ("sum",)
+MATCHINGS = ("sum", "greedy", "optimal")
 
 
 def multi_level_ot_loss(
@@ -68,7 +70,11 @@ def multi_level_ot_loss(
             sequence whose two sides have different numbers of spans gives NaN.
         k: columns kept; at most the smaller vocabulary, to which it is lowered.
         scope: what is ranked together: ``"sequence"``, ``"batch"`` or ``"token"``, see ``rank_truncate``.
-        matching: how the student's columns meet the teacher's. ``"sum"``: each side in the order of its own sums.
+        matching: how the student's columns meet the teacher's k, which are those with the largest sums over all its
+            counted rows. ``"sum"``: each side in the order of its own sums. ``"greedy"``, ``"optimal"``: those whose
+            probabilities are nearest over the paired rows, see ``match_columns``; with scope ``"sequence"`` only.
+            Both approximate the paper's Eq. 11, which permutes the whole vocabulary at the least cost. ``"optimal"``
+            gives the least ``absolute_difference`` for the teacher's columns; it needs SciPy and waits for the device.
         absolute_weight, logarithmic_weight, transport_weight: of the three terms.
         transport_temperature: of the transport term's features.
         epsilon, iterations, marginals: of the transport term, see ``sinkhorn``.
@@ -99,17 +105,23 @@ def multi_level_ot_loss(
     V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)
     V_t = vocabulary("teacher_vocab_size", teacher_vocab_size, teacher_logits)
 
-    student, teacher = (
-        rank_truncate(
-            Logits(logits, rows, vocab_size=size),
-            k=min(k, V_s, V_t),
-            scope=scope,
-            also_at=(checks.number("transport_temperature", transport_temperature, above=0),),
-            backend=backend,
-        )
-        for logits, rows, size in ((student_logits, student_rows, V_s), (teacher_logits, teacher_rows, V_t))
-    )
     pairs = pair(student_rows, teacher_rows)
+    z_s, z_t = (
+        Logits(student_logits, student_rows, vocab_size=V_s),
+        Logits(teacher_logits, teacher_rows, vocab_size=V_t),
+    )
+    also_at = (checks.number("transport_temperature", transport_temperature, above=0),)
+    kept = min(k, V_s, V_t)
+    teacher = rank_truncate(z_t, k=kept, scope=scope, also_at=also_at, backend=backend)
+    if matching == "sum":
+        student = rank_truncate(z_s, k=kept, scope=scope, also_at=also_at, backend=backend)
+    else:
+        paired_teacher = teacher._replace(
+            log_probabilities=_at_slots(teacher.log_probabilities[0], pairs.teacher_slot)[None]
+        )
+        columns = match_columns(replace(z_s, rows=pairs.student), paired_teacher, method=matching, backend=backend)
+        # -1 stands for a NaN, which shows by itself at any column, and there in the gradient, too.
+        student = gather_columns(z_s, columns.clamp(min=0), also_at=also_at, backend=backend)
     absolute, logarithmic = _paired_terms(student, teacher, pairs, token_weight)  # [B]
     cost = pairwise_cost(
         teacher.log_probabilities[1].exp(), student.log_probabilities[1].exp(), metric="l1", backend=backend
@@ -151,6 +163,11 @@ def _check_options(
     checks.integer("k", k, 1)
     checks.choice("scope", scope, SCOPES)
     checks.choice("matching", matching, MATCHINGS)
+    if matching != "sum" and scope != "sequence":
+        raise ValueError(
+            f"matching={matching!r} matches the columns of a sequence, got scope={scope!r}; "
+            "pass scope='sequence' or matching='sum'"
+        )
     check_reduction(reduction, num_items_in_batch)
 
 
@@ -158,12 +175,8 @@ def _paired_terms(
     student: Ranked, teacher: Ranked, pairs: Pairing, token_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``sum |t - s|`` and ``-sum t log s`` over the paired rows and the k columns, ``[B]`` each."""
-    log_s, log_t = (
-        ranked.log_probabilities[0].gather(1, slot[..., None].expand(-1, -1, ranked.log_probabilities.shape[-1]))
-        if ranked.log_probabilities.shape[2]
-        else ranked.log_probabilities.new_zeros(*slot.shape, ranked.log_probabilities.shape[-1])
-        for ranked, slot in ((student, pairs.student_slot), (teacher, pairs.teacher_slot))
-    )  # [B, A, k]
+    log_s = _at_slots(student.log_probabilities[0], pairs.student_slot)  # [B, A, k]
+    log_t = _at_slots(teacher.log_probabilities[0], pairs.teacher_slot)
     s, t = log_s.exp(), log_t.exp()
     absolute = (t - s).abs().sum(-1)  # [B, A]
     logarithmic = -torch.where(t == 0, 0, t * log_s.masked_fill(t == 0, 0)).sum(-1)  # 0 * -inf is 0 here
@@ -171,6 +184,13 @@ def _paired_terms(
     terms = (absolute, logarithmic) if weight is None else (absolute * weight, logarithmic * weight)
     unpaired = ~pairs.student.counted
     return terms[0].masked_fill(unpaired, 0).sum(1), terms[1].masked_fill(unpaired, 0).sum(1)
+
+
+def _at_slots(log_p: Tensor, slot: Tensor) -> Tensor:
+    """``log_p`` ``[B, A, k]`` at the rows ``slot`` ``[B, P]``: ``[B, P, k]``, of no meaning beyond the pairs."""
+    if log_p.shape[1] == 0:
+        return log_p.new_zeros(*slot.shape, log_p.shape[2])
+    return log_p.gather(1, slot[..., None].expand(-1, -1, log_p.shape[2]))
 
 
 class MultiLevelOTLoss(nn.Module):
@@ -227,6 +247,7 @@ class MultiLevelOTLoss(nn.Module):
     @staticmethod
     def official(
         revision: str = "712cfb4",
+        matching: str = "sum",
         skip_student_eos: bool = False,
         skip_teacher_eos: bool = False,
         student_temperature: float = 1.0,
@@ -237,6 +258,7 @@ class MultiLevelOTLoss(nn.Module):
 
         return OfficialMultiLevelOTLoss(
             revision=revision,
+            matching=matching,
             skip_student_eos=skip_student_eos,
             skip_teacher_eos=skip_teacher_eos,
             student_temperature=student_temperature,

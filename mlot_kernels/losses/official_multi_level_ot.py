@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from mlot_kernels import checks
-from mlot_kernels.logits import Logits
-from mlot_kernels.losses.common import check_reduction, reduce, two_sides
+from mlot_kernels.logits import Logits, Ranked
+from mlot_kernels.losses.common import check_backend, check_reduction, reduce, two_sides
+from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.pairwise_cost import pairwise_cost
-from mlot_kernels.ops.rank_truncate import rank_truncate
+from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.sinkhorn import sinkhorn
 from mlot_kernels.rows import Rows
 
 REVISIONS = ("712cfb4", "d8d298f", "77e32ae")
+MATCHINGS = ("sum", "greedy")
 _KEPT = 50
 
 
@@ -33,6 +35,7 @@ def official_multi_level_ot_loss(
     teacher_labels: Tensor | Rows | None = None,
     *,
     revision: str = "712cfb4",
+    matching: str = "sum",
     skip_student_eos: bool = False,
     skip_teacher_eos: bool = False,
     student_temperature: float = 1.0,
@@ -59,6 +62,11 @@ def official_multi_level_ot_loss(
         revision: of the published repository. ``"712cfb4"`` (February 2026); ``"d8d298f"`` (April 2025), which first
             sorts every row by itself; ``"77e32ae"`` (first upload), which does that too and counts the transport term
             of the batch's last sample only.
+        matching: ``"sum"``, the published ``f=1``: each side in the order of its own sums. ``"greedy"``, what ``f=2``
+            was meant to be (as published, its loop over the teacher's columns runs over as many as there are rows, and
+            takes from as many student columns): in each sample the teacher's 50 columns, in the order of the batch's
+            ranking, take the free student column at the least distance, summed over the rows of both sides' answers,
+            zero rows included; teacher columns beyond the student's vocabulary meet zeros. Revision 712cfb4 only.
         skip_student_eos, skip_teacher_eos: leave out each answer's last row on that side.
         student_temperature, teacher_temperature: of the softmaxes, after the division by the standard deviation.
         ignore_index: the label that does not count.
@@ -77,7 +85,9 @@ def official_multi_level_ot_loss(
         TypeError, ValueError: an argument has another type, dtype, shape, device or value.
         BackendUnavailable: ``backend`` cannot run this call.
     """
-    checks.choice("revision", revision, REVISIONS)
+    options = (revision, skip_student_eos, skip_teacher_eos, student_temperature, teacher_temperature, ignore_index)
+    _check_options(*options)
+    _check_matching(matching, revision)
     check_reduction(reduction, num_items_in_batch)
     two_sides(student_logits, teacher_logits)
     student_rows = _answer(student_labels, student_logits, ignore_index, skip_student_eos, "student")
@@ -88,12 +98,16 @@ def official_multi_level_ot_loss(
     longest = torch.cat((student_rows.count, teacher_rows.count)).amax() if B else student_rows.count.sum()
     kept = min(_KEPT, max(student_logits.shape[2], teacher_logits.shape[2]))
 
-    student_mass, s = _kept_probabilities(
-        student_logits, student_rows, student_temperature, revision, backend, width, kept
-    )
-    teacher_mass, t = _kept_probabilities(
-        teacher_logits, teacher_rows, teacher_temperature, revision, backend, width, kept
-    )
+    z_s = Logits(student_logits, student_rows, temperature=student_temperature, standardize=True)
+    z_t = Logits(teacher_logits, teacher_rows, temperature=teacher_temperature, standardize=True)
+    scope = "batch" if revision == "712cfb4" else "token"
+    teacher = rank_truncate(z_t, k=min(kept, teacher_logits.shape[2]), scope=scope, backend=backend)
+    if matching == "sum":
+        student = rank_truncate(z_s, k=min(kept, student_logits.shape[2]), scope=scope, backend=backend)
+    else:
+        student = _greedily_matched(z_s, student_rows, teacher, teacher_rows, backend)
+    s = _probabilities(student, student_rows, width, kept)
+    t = _probabilities(teacher, teacher_rows, width, kept)
     position = torch.arange(width, device=s.device)
     shorter = torch.minimum(student_rows.count, teacher_rows.count)  # [B]
     difference = (s - t).abs().sum(-1).masked_fill(position >= shorter[:, None], 0)
@@ -128,43 +142,71 @@ def official_multi_level_ot_loss(
         "absolute_difference": reduce(absolute.detach(), everyone, "mean", num_items_in_batch),
         "logarithmic": reduce(logarithmic.detach(), everyone, "mean", num_items_in_batch),
         "transport": reduce(B * transport.detach(), everyone, "mean", num_items_in_batch),
-        "student_mass": reduce(student_mass, student_rows.counted, "mean"),
-        "teacher_mass": reduce(teacher_mass, teacher_rows.counted, "mean"),
+        "student_mass": reduce(student.kept_mass.detach(), student_rows.counted, "mean"),
+        "teacher_mass": reduce(teacher.kept_mass.detach(), teacher_rows.counted, "mean"),
         "rows": shorter.sum(),
     }
 
 
+def _check_options(
+    revision: str,
+    skip_student_eos: bool,
+    skip_teacher_eos: bool,
+    student_temperature: float,
+    teacher_temperature: float,
+    ignore_index: int,
+) -> None:
+    checks.choice("revision", revision, REVISIONS)
+    checks.boolean("skip_student_eos", skip_student_eos)
+    checks.boolean("skip_teacher_eos", skip_teacher_eos)
+    checks.number("student_temperature", student_temperature, above=0)
+    checks.number("teacher_temperature", teacher_temperature, above=0)
+    checks.integer("ignore_index", ignore_index, -(2**63))
+
+
 def _answer(labels: Any, logits: Tensor, ignore_index: int, skip_eos: bool, side: str) -> Rows:
     """The rows of one side's answer, without its last one under ``skip_eos``."""
-    checks.boolean(f"skip_{side}_eos", skip_eos)
-    if isinstance(labels, Tensor) and labels.dtype != torch.bool:
-        Rows.of(labels, logits, shift=0, name=f"{side}_labels")  # for its checks
+    rows = Rows.of(labels, logits, shift=0, name=f"{side}_labels")
+    if isinstance(labels, Tensor) and labels.dtype != torch.bool:  # as the published code reads labels
         ignored = labels == ignore_index
         leading = ignored.long().cumprod(1).sum(1)
         rows = Rows.from_lengths((leading - 1).clamp(min=0), (~ignored).sum(1), labels.shape[1])
-    else:
-        rows = Rows.of(labels, logits, shift=0, name=f"{side}_labels")
     if not skip_eos:
         return rows
     count = (rows.count - 1).clamp(min=0)
     behind = torch.arange(rows.index.shape[1], device=count.device) >= count[:, None]
-    return Rows(rows.index.masked_fill(behind, -1), count, rows.span.masked_fill(behind, -1), rows.spans)
+    index, span = (x.masked_fill(behind, -1) for x in (rows.index, rows.span))
+    return Rows(index, count, span, rows.spans, rows.length)
 
 
-def _kept_probabilities(
-    logits: Tensor, rows: Rows, temperature: float, revision: str, backend: str | None, width: int, kept: int
-) -> tuple[Tensor, Tensor]:
-    """The kept mass ``[B, A]``, detached, and the kept probabilities ``[B, width, kept]``, 0 where there is no row or
-    column."""
-    ranked = rank_truncate(
-        Logits(logits, rows, temperature=temperature, standardize=True),
-        k=min(kept, logits.shape[2]),
-        scope="batch" if revision == "712cfb4" else "token",
-        backend=backend,
-    )
+def _greedily_matched(
+    z_s: Logits, student_rows: Rows, teacher: Ranked, teacher_rows: Rows, backend: str | None
+) -> Ranked:
+    """The student at the columns that the teacher's take."""
+    k = min(z_s.values.shape[2], teacher.columns.shape[1])
+    log_t = teacher.log_probabilities[0, ..., :k].masked_fill(~teacher_rows.counted[..., None], float("-inf"))
+    # Rows of the teacher alone cost every student column the same; a negative number pads by cutting them off.
+    missing = student_rows.index.shape[1] - log_t.shape[1]
+    log_t = nn.functional.pad(log_t, (0, 0, 0, missing), value=float("-inf"))
+    zero_rows_too = Ranked(log_t[None], teacher.columns[:, :k], teacher.kept_mass)
+    columns = match_columns(z_s, zero_rows_too, method="greedy", backend=backend)
+    # -1 stands for a NaN, which shows by itself at any column, and there in the gradient, too.
+    return gather_columns(z_s, columns.clamp(min=0), backend=backend)
+
+
+def _probabilities(ranked: Ranked, rows: Rows, width: int, kept: int) -> Tensor:
+    """``[B, width, kept]``, 0 where there is no row or column."""
     p = ranked.log_probabilities[0].exp().masked_fill(~rows.counted[..., None], 0)
-    p = nn.functional.pad(p, (0, kept - p.shape[2], 0, width - p.shape[1]))
-    return ranked.kept_mass.detach(), p
+    return nn.functional.pad(p, (0, kept - p.shape[2], 0, width - p.shape[1]))
+
+
+def _check_matching(matching: str, revision: str) -> None:
+    checks.choice("matching", matching, MATCHINGS)
+    if matching == "greedy" and revision != "712cfb4":
+        raise ValueError(
+            f"matching='greedy' needs revision='712cfb4', got revision={revision!r}, which sorts every row by itself "
+            "and has no columns to match; pass matching='sum'"
+        )
 
 
 class OfficialMultiLevelOTLoss(nn.Module):
@@ -177,6 +219,7 @@ class OfficialMultiLevelOTLoss(nn.Module):
         self,
         *,
         revision: str = "712cfb4",
+        matching: str = "sum",
         skip_student_eos: bool = False,
         skip_teacher_eos: bool = False,
         student_temperature: float = 1.0,
@@ -186,14 +229,18 @@ class OfficialMultiLevelOTLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.choice("revision", revision, REVISIONS)
+        options = (revision, skip_student_eos, skip_teacher_eos, student_temperature, teacher_temperature, ignore_index)
+        _check_options(*options)
+        _check_matching(matching, revision)
         check_reduction(reduction)
+        check_backend(backend)
         self.options: dict[str, Any] = {
             "revision": revision,
+            "matching": matching,
             "skip_student_eos": skip_student_eos,
             "skip_teacher_eos": skip_teacher_eos,
-            "student_temperature": checks.number("student_temperature", student_temperature, above=0),
-            "teacher_temperature": checks.number("teacher_temperature", teacher_temperature, above=0),
+            "student_temperature": student_temperature,
+            "teacher_temperature": teacher_temperature,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "backend": backend,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits
-from mlot_kernels.losses.common import at_rows, check_reduction, reduce, two_sides, vocabulary
+from mlot_kernels.losses.common import at_rows, check_backend, check_reduction, reduce, two_sides, vocabulary
 from mlot_kernels.ops.sorted_l1 import sorted_l1
+from mlot_kernels.ops.sorted_l1.reference import TAILS, TIES
 from mlot_kernels.rows import Rows, pair
 
 
@@ -64,6 +65,7 @@ def uld_loss(
         TypeError, ValueError: an argument has another type, dtype, shape, device or value.
         BackendUnavailable: ``backend`` cannot run this call.
     """
+    _check_options(student_temperature, teacher_temperature, ties, top_k, tail, shift)
     check_reduction(reduction, num_items_in_batch)
     two_sides(student_logits, teacher_logits, token_weight)
     pairs = pair(
@@ -73,13 +75,13 @@ def uld_loss(
     student = Logits(
         student_logits,
         pairs.student,
-        checks.number("student_temperature", student_temperature, above=0),
+        student_temperature,
         vocab_size=vocabulary("student_vocab_size", student_vocab_size, student_logits),
     )
     teacher = Logits(
         teacher_logits,
         pairs.teacher,
-        checks.number("teacher_temperature", teacher_temperature, above=0),
+        teacher_temperature,
         vocab_size=vocabulary("teacher_vocab_size", teacher_vocab_size, teacher_logits),
     )
     distance = sorted_l1(student, teacher, ties=ties, top_k=top_k, tail=tail, backend=backend)  # [B, A]
@@ -97,6 +99,18 @@ def uld_loss(
         "sorted_l1": reduce(per_sequence.detach(), paired, "mean", num_items_in_batch),
         "rows": pairs.student.count.sum(),
     }
+
+
+def _check_options(
+    student_temperature: float, teacher_temperature: float, ties: str, top_k: int | None, tail: str, shift: int
+) -> None:
+    checks.number("student_temperature", student_temperature, above=0)
+    checks.number("teacher_temperature", teacher_temperature, above=0)
+    checks.choice("ties", ties, TIES)
+    checks.choice("tail", tail, TAILS)
+    if top_k is not None:
+        checks.integer("top_k", top_k, 1)
+    checks.integer("shift", shift, 0)
 
 
 class ULDLoss(nn.Module):
@@ -117,10 +131,12 @@ class ULDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        _check_options(student_temperature, teacher_temperature, ties, top_k, tail, shift)
         check_reduction(reduction)
+        check_backend(backend)
         self.options: dict[str, Any] = {
-            "student_temperature": checks.number("student_temperature", student_temperature, above=0),
-            "teacher_temperature": checks.number("teacher_temperature", teacher_temperature, above=0),
+            "student_temperature": student_temperature,
+            "teacher_temperature": teacher_temperature,
             "ties": ties,
             "top_k": top_k,
             "tail": tail,

@@ -174,3 +174,8 @@ def test_a_kept_column_at_minus_infinity_passes_its_gradient_on(standardize):
     (scaled[..., 2] - 2 * scaled.logsumexp(-1)).sum().backward()
     torch.testing.assert_close(ours.grad[..., :6], by_hand.grad)
     assert (ours.grad[..., 6:] == 0).all()
+
+
+def test_a_large_log_scale_is_no_nan():
+    ranked = rank_truncate(Logits(torch.randn(1, 3, 7), log_scale=torch.full((1, 3), 100.0)), k=2)
+    assert ranked.log_probabilities.isfinite().all()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from mlot_kernels import sinkhorn
 from mlot_kernels.ops.sinkhorn import reference
+from mlot_kernels.transport import DOMAINS
 
 
 def published_loop(cost: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
@@ -17,7 +18,7 @@ def published_loop(cost: torch.Tensor, epsilon: float, iterations: int) -> torch
     return plan
 
 
-@pytest.mark.parametrize("domain", reference.DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize(("M", "N"), [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)])
 def test_unit_marginals_equal_autograd_of_the_plain_loop(domain, M, N):
     cost = torch.rand(2, M, N, dtype=torch.float64)
@@ -104,7 +105,7 @@ def test_scaling_absorbs_before_it_overflows():
     torch.testing.assert_close(plan.double(), truth, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("domain", reference.DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_each_problem_stops_by_itself(domain):
     cost = torch.rand(3, 6, 6, dtype=torch.float64) * torch.tensor([0.01, 1.0, 3.0])[:, None, None]
     solved = sinkhorn(cost, iterations=500, tolerance=1e-6, domain=domain)
@@ -192,6 +193,21 @@ def test_a_row_that_can_go_nowhere_shows():
     cost[0, 1] = float("inf")
     solved = sinkhorn(cost)
     assert solved.cost.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_has_marginal_0_takes_no_part(domain):
+    cost = torch.rand(1, 3, 4, dtype=torch.float64)
+    a, b = torch.tensor([[0.4, 0.6, 0.0]]).double(), torch.tensor([[0.5, 0.25, 0.25, 0.0]]).double()
+    cost[0, 2], cost[0, :, 3] = float("nan"), float("nan")
+    leaf, part = cost.clone().requires_grad_(), cost[:, :2, :3].clone().requires_grad_()
+    whole = sinkhorn(leaf, marginals=(a, b), iterations=1, domain=domain)
+    alone = sinkhorn(part, marginals=(a[:, :2], b[:, :3]), iterations=1, domain=domain)
+    torch.testing.assert_close(whole.cost, alone.cost)
+    whole.cost.sum().backward()
+    alone.cost.sum().backward()
+    torch.testing.assert_close(leaf.grad[:, :2, :3], part.grad)
+    assert leaf.grad.isfinite().all()
 
 
 def test_plan_is_none_unless_asked_for():

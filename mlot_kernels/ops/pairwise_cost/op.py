@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlot_kernels import checks
 from mlot_kernels.ops.pairwise_cost import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 FORWARD = {"reference": reference.forward}
 BACKWARD = {"reference": reference.backward}
@@ -50,10 +50,10 @@ class PairwiseCost(torch.autograd.Function):
         ctx.save_for_backward(x, y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         x_needed, y_needed = ctx.needs_input_grad[:2]
-        grad_x, grad_y = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.metric, x_needed, y_needed, ctx.backend)
+        grad_x, grad_y = _backward(grad.contiguous(), *saved, ctx.metric, x_needed, y_needed, ctx.backend)
         return grad_x if x_needed else None, grad_y if y_needed else None, None, None
 
 

@@ -12,7 +12,7 @@ from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
 from mlot_kernels.ops.rank_truncate import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, Tensor? given"
 _OPTIONS = "float[] temperatures, bool standardize, int vocab_size, int k, str scope, str backend"
@@ -93,12 +93,14 @@ class RankTruncate(torch.autograd.Function):
         ctx.save_for_backward(values, index, column_mask, columns, log_probabilities, *saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_log_probabilities: Tensor, _: Tensor, grad_kept_mass: Tensor, *__: Tensor) -> tuple:
+    @once_differentiable
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_log_probabilities: Tensor, _: Tensor, grad_kept_mass: Tensor, *__: Tensor
+    ) -> tuple:
         grad_values, grad_log_scale = _backward(
             grad_log_probabilities.contiguous(),
             grad_kept_mass.contiguous(),
-            *ctx.saved_tensors,
+            *saved,
             ctx.temperatures,
             ctx.vocab_size,
             ctx.backend,

@@ -159,7 +159,8 @@ def _columns(
     if given is not None:
         return given.clone(), log_p.new_zeros(())
     columns, weight = rank(log_p.detach(), index, column_mask, k, scope)
-    poison = weight[..., :1] * 0  # NaN sorts first
+    first = weight[..., :1]
+    poison = torch.where(first.isnan(), first, 0)  # NaN sorts first
     return columns, poison if scope == "token" else poison[:, None]
 
 

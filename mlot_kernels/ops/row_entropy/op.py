@@ -10,7 +10,7 @@ from torch import Tensor
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.ops.row_entropy import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale"
 _SAVED = "Tensor mass, Tensor peak, Tensor log_total, Tensor mean, Tensor scale, Tensor slope, Tensor moment"
@@ -62,9 +62,8 @@ class RowEntropy(torch.autograd.Function):
         ctx.save_for_backward(values, index, column_mask, log_scale, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them a single time
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_values, grad_log_scale = _backward(grad.contiguous(), *saved, ctx.temperature, ctx.vocab_size, ctx.backend)
         log_scale = saved[3]
         for_scale = None if log_scale is None else grad_log_scale.to(log_scale.dtype)

@@ -1,3 +1,3 @@
-from mlot_kernels.ops.sinkhorn.op import Transport, sinkhorn
+from mlot_kernels.ops.sinkhorn.op import sinkhorn
 
-__all__ = ["Transport", "sinkhorn"]
+__all__ = ["sinkhorn"]

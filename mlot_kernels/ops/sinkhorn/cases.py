@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlot_kernels.cases import Case
 from mlot_kernels.ops.sinkhorn import reference, sinkhorn
+from mlot_kernels.transport import DOMAINS
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
@@ -27,7 +28,7 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
     cost = rand(3, 5, 7)
     for marginals in ("uniform", "unit"):
-        for domain in reference.DOMAINS:
+        for domain in DOMAINS:
             yield _case(f"{marginals}, {domain}", cost, marginals=marginals, domain=domain)
     given = tuple((m + 0.2) / (m + 0.2).sum(1, keepdim=True) for m in (rand(3, 5), rand(3, 7)))
     yield _case("given marginals", cost, *given)
@@ -47,9 +48,9 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     forbidden = cost.clone()
     forbidden[:, 0, 1] = forbidden[1, 2, 3] = float("inf")
     yield _case("forbidden pairs", forbidden, smooth=False)
-    zero = given[0].clone()
-    zero[:, 2] = 0
-    yield _case("a marginal of 0", cost, zero, given[1], smooth=False)
+    a, b = (marginal.clone() for marginal in given)
+    a[:, 2] = b[0, 3] = b[1, 0] = 0
+    yield _case("marginals of 0", cost, a, b, smooth=False)
 
 
 def _case(
@@ -113,13 +114,17 @@ def _case(
             **options,
         )
 
-    p = reference.problem(cost.double(), None, None, row_lengths, column_lengths, epsilon, "uniform")
+    kind = marginals if row_marginal is None else "given"
+    p = reference.problem(cost.double(), row_marginal, column_marginal, row_lengths, column_lengths, epsilon, kind)
 
     def uncounted(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         counts = p.rows[:, :, None] & p.columns[:, None, :]
         sides = [p.rows, p.columns] if row_marginal is not None else []
         sides += [p.columns] if weight is not None else []
-        rest = (x.masked_fill(~side, float("nan")) for x, side in zip(inputs[1:], sides, strict=True))
+        rest = (
+            torch.where(side | (x == 0), x, float("nan"))  # a marginal of 0 is read: it says what does not count
+            for x, side in zip(inputs[1:], sides, strict=True)
+        )
         return inputs[0].masked_fill(~counts, float("nan")), *rest
 
     finite = p.cost[p.cost.isfinite()]
@@ -132,7 +137,7 @@ def _case(
         output_rows=(1, 1, 1),
         batch_dimensions=(0, 0, 0),
         sequence=sequence,
-        uncounted=uncounted if row_lengths is not None else None,
+        uncounted=None if bool(p.rows.all() & p.columns.all()) else uncounted,
         counted=(0, 0, 0) if bool(p.rows[0, 0] & p.columns[0, 0]) else None,
         # P o C / epsilon is a sum of such terms that cancel in the gradient.
         gradient_scale=lambda inputs: (1 + float(finite.max()) / epsilon,) + (1.0,) * (len(present) - 1),

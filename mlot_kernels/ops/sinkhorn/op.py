@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlot_kernels import checks
 from mlot_kernels.ops.sinkhorn import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.transport import OPTIONS_SCHEMA, TENSORS_SCHEMA, Transport, prepare_options
 
-_INPUTS = (
-    "Tensor cost, Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, Tensor? column_lengths, "
-    "Tensor? column_weight"
-)
-_OPTIONS = (
-    "float epsilon, int iterations, str marginals, float tolerance, str domain, str gradient, bool return_plan, "
-    "str backend"
-)
+_INPUTS = f"Tensor cost, {TENSORS_SCHEMA}"
+_OPTIONS = f"{OPTIONS_SCHEMA}, bool return_plan, str backend"
 _OUTPUTS = (
     "(Tensor transported, Tensor regularized, Tensor plan, Tensor row_potential, Tensor column_potential, Tensor done, "
     "Tensor row_history, Tensor column_history)"
@@ -26,26 +21,6 @@ _OUTPUTS = (
 
 FORWARD = {"reference": reference.forward}
 BACKWARD = {"reference": reference.backward}
-
-
-class Transport(NamedTuple):
-    """What ``sinkhorn`` returns, float32 (float64 for a float64 cost).
-
-    Attributes:
-        cost: ``[B]``, ``sum_ij P_ij C_ij w_j``. Detached for ``gradient="envelope"``.
-        regularized_cost: ``[B]``, ``sum_ij P_ij C_ij + epsilon P_ij log(P_ij / (a_i b_j))``; the column weight is no
-            part of it.
-        plan: ``[B, M, N]``, ``P = exp((f + g - C) / epsilon)``, 0 beyond the lengths; None unless asked for.
-        row_potential, column_potential: f ``[B, M]`` and g ``[B, N]``, 0 beyond the lengths; no gradient.
-        iterations: ``[B]`` int64, how many each problem took.
-    """
-
-    cost: Tensor
-    regularized_cost: Tensor
-    plan: Tensor | None
-    row_potential: Tensor
-    column_potential: Tensor
-    iterations: Tensor
 
 
 def _forward_fake(
@@ -136,12 +111,15 @@ class Sinkhorn(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
-        ctx: Any, grad_transported: Tensor, grad_regularized: Tensor, grad_plan: Tensor, *_: Tensor
+        ctx: Any,
+        saved: tuple[Any, ...],
+        grad_transported: Tensor,
+        grad_regularized: Tensor,
+        grad_plan: Tensor,
+        *_: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them a single time
-        cost, row_marginal, column_marginal, _, _, column_weight, *_ = saved
         gradients = _backward(
             grad_transported.contiguous(),
             grad_regularized.contiguous(),
@@ -149,7 +127,7 @@ class Sinkhorn(torch.autograd.Function):
             *saved,
             *ctx.options,
         )
-        inputs = (cost, row_marginal, column_marginal, column_weight)
+        inputs = (*saved[:3], saved[5])  # the cost, the marginals, the column weight
         for_cost, for_rows, for_columns, for_weight = (
             None if input is None else gradient.to(input.dtype)
             for gradient, input in zip(gradients, inputs, strict=True)
@@ -194,14 +172,16 @@ def sinkhorn(
         iterations: how many at the most, at least 1.
         marginals: ``"uniform"``: 1/M and 1/N of the problem's own lengths. ``"unit"``: every row and then every column
             is normalised to 1, as in the Multi-Level-OT paper; columns sum to 1 and, where M != N, rows to N/M.
-            ``(a [B, M], b [B, N])``: given, not negative, of equal sums; a row or column with 0 takes no part.
+            ``(a [B, M], b [B, N])``: given, not negative, of equal sums; a row or column with 0 takes no part, as if
+            it lay beyond the lengths.
         row_lengths, column_lengths: ``[B]`` int, a problem is ``cost[b, :row_lengths[b], :column_lengths[b]]``; the
             rest is never read. Length 0 costs 0.
         column_weight: ``[B, N]``, multiplies the columns of ``P * C`` in ``Transport.cost``, after transport.
         tolerance: a problem stops after a step that moved no ``log v`` by more than this; 0: exactly ``iterations``.
         domain: where to iterate. ``"log"``: on log-scalings, 2 exp per element and step. ``"scaling"``: on u and v,
-            with absorption into the kernel where they grow; both are exact at any epsilon. ``"auto"``: scalings for a
-            problem with ``(max C - min C) / epsilon <= 80``, else log.
+            with absorption into the kernel where they grow. Both agree as long as ``(max C - min C) / epsilon`` leaves
+            digits in the dtype (below some 1e6 in float32). ``"auto"``: scalings for a problem where it is at most 80,
+            else log.
         gradient: ``"unrolled"``: the exact derivative of the steps taken. ``"implicit"``: of the limit, by one linear
             solve, for plans that have converged. ``"envelope"``: ``dregularized_cost/dC = P``, exact in the limit; then
             ``cost`` and ``plan`` are detached.
@@ -221,49 +201,21 @@ def sinkhorn(
     if isinstance(cost, Tensor) and cost.dim() == 2:
         raise ValueError(f"cost must be [B, M, N], got {tuple(cost.shape)}; pass cost[None] for one problem")
     checks.tensor("cost", cost, "[B, M, N]")
-    B, M, N = cost.shape
-    checks.choice("domain", domain, reference.DOMAINS)
-    checks.choice("gradient", gradient, reference.GRADIENTS)
-    row_marginal, column_marginal = None, None
-    if isinstance(marginals, str):
-        checks.choice("marginals", marginals, ("uniform", "unit"))
-    elif isinstance(marginals, tuple) and len(marginals) == 2:
-        row_marginal, column_marginal = marginals
-        checks.sized("marginals[0]", checks.tensor("marginals[0]", row_marginal, "[B, M]"), (B, M), "[B, M] of cost")
-        checks.sized("marginals[1]", checks.tensor("marginals[1]", column_marginal, "[B, N]"), (B, N), "[B, N] of cost")
-        marginals = "given"
-    else:
-        raise TypeError(f"marginals must be 'uniform', 'unit' or two tensors (a, b), got {marginals!r}")
-    for name, lengths in (("row_lengths", row_lengths), ("column_lengths", column_lengths)):
-        if lengths is not None:
-            checks.sized(name, checks.tensor(name, lengths, "[B]", checks.INTEGERS), (B,), "[B] of cost")
-    if column_weight is not None:
-        checks.sized("column_weight", checks.tensor("column_weight", column_weight, "[B, N]"), (B, N), "[B, N] of cost")
-    checks.same_device(
-        **{"cost": cost, "marginals[0]": row_marginal, "marginals[1]": column_marginal},
+    options = prepare_options(
+        (cost.shape[0], cost.shape[1], cost.shape[2]),
+        "cost",
+        cost=cost,
+        epsilon=epsilon,
+        iterations=iterations,
+        marginals=marginals,
         row_lengths=row_lengths,
         column_lengths=column_lengths,
         column_weight=column_weight,
+        tolerance=tolerance,
+        domain=domain,
+        gradient=gradient,
     )
-    for name, value in (("marginals[0]", row_marginal), ("marginals[1]", column_marginal)):
-        if gradient != "unrolled" and value is not None and value.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which only gradient='unrolled' gives; got {gradient!r}")
-    if gradient == "envelope" and column_weight is not None and column_weight.requires_grad:
-        raise ValueError("column_weight requires a gradient, which gradient='envelope' does not give; pass 'unrolled'")
     transported, regularized, plan, row_potential, column_potential, done, *_ = _operator(
-        cost,
-        row_marginal,
-        column_marginal,
-        row_lengths,
-        column_lengths,
-        column_weight,
-        checks.number("epsilon", epsilon, above=0),
-        checks.integer("iterations", iterations, 1),
-        marginals,
-        checks.number("tolerance", tolerance, least=0),
-        domain,
-        gradient,
-        checks.boolean("return_plan", return_plan),
-        backend=backend,
+        cost, *options, checks.boolean("return_plan", return_plan), backend=backend
     )
     return Transport(transported, regularized, plan if return_plan else None, row_potential, column_potential, done)

@@ -1,7 +1,7 @@
 """The definition, in plain torch: what every other backend is held against.
 
 Log-scalings are F = f / epsilon [B, M] and G = g / epsilon [B, N], X = -C / epsilon [B, M, N], P = exp(F + X + G). A
-row or column that does not count, beyond its problem's length, is one with marginal 0: its log-scaling is -inf.
+row or column does not count where it lies beyond its problem's length or its marginal is 0; its log-scaling is -inf.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from mlot_kernels.checks import accumulator
-
-MARGINALS = ("uniform", "unit", "given")
-DOMAINS = ("auto", "log", "scaling")
-GRADIENTS = ("unrolled", "envelope", "implicit")
+from mlot_kernels.transport import within
 
 WIDEST_SCALING = 80.0  # range(C) / epsilon up to which "auto" scales: exp(-80) is still a normal float32
 ABSORB_BEYOND = {torch.float32: 30.0, torch.float64: 300.0}  # |log u| at which a scaling is taken into the kernel
@@ -42,17 +39,17 @@ def problem(
     marginals: str,
 ) -> Problem:
     B, M, N = cost.shape
-    rows, columns = (_within(lengths, B, n, cost.device) for lengths, n in ((row_lengths, M), (column_lengths, N)))
+    rows, columns = (within(lengths, B, n, cost.device) for lengths, n in ((row_lengths, M), (column_lengths, N)))
+    if row_marginal is not None and column_marginal is not None:
+        rows, columns = rows & (row_marginal != 0), columns & (column_marginal != 0)
     rows, columns = rows & columns.any(1, keepdim=True), columns & rows.any(1, keepdim=True)
     counts = rows[:, :, None] & columns[:, None, :]
     wide = accumulator(cost.dtype)
     cost = cost.to(wide).masked_fill(~counts, 0)
     m, n = (side.sum(1, keepdim=True).clamp(min=1).to(wide) for side in (rows, columns))  # [B, 1]
-    if marginals == "given":
-        assert row_marginal is not None
-        assert column_marginal is not None
+    if row_marginal is not None and column_marginal is not None:
         log_a, log_b = (
-            torch.where((marginal == 0) | ~side, 0, marginal.to(wide)).log()  # where: no gradient at 0
+            marginal.to(wide).masked_fill(~side, 1).log()
             for marginal, side in ((row_marginal, rows), (column_marginal, columns))
         )
     elif marginals == "uniform":
@@ -67,12 +64,6 @@ def problem(
         rows,
         columns,
     )
-
-
-def _within(lengths: Tensor | None, B: int, n: int, device: torch.device) -> Tensor:
-    """``[B, n]`` bool, True in front of each length."""
-    position = torch.arange(n, device=device).expand(B, n)
-    return position >= 0 if lengths is None else position < lengths[:, None]
 
 
 # The definition, differentiable by autograd: the log-domain loop.
@@ -221,8 +212,8 @@ def _solve_scaling(p: Problem, iterations: int, tolerance: float) -> tuple[Tenso
     kernel = (F[:, :, None] + p.kernel + G[:, None, :]).exp()
     u, v = torch.ones_like(a), torch.ones_like(b)
     for _ in range(1, iterations):
-        u = _divide(a, (kernel @ v[:, :, None]).squeeze(2))
-        v = _divide(b, (u[:, None, :] @ kernel).squeeze(1))
+        u = _divide(a, (kernel * v[:, None, :]).sum(2))  # not matmul, which may run in TF32
+        v = _divide(b, (kernel * u[:, :, None]).sum(1))
         F, G = history.add(F_absorbed + u.log(), G_absorbed + v.log(), F, G)
         absorb = (_furthest(u, a) > beyond) | (_furthest(v, b) > beyond)  # [B, 1]
         F_absorbed, G_absorbed = torch.where(absorb, F, F_absorbed), torch.where(absorb, G, G_absorbed)
@@ -353,15 +344,17 @@ def _unrolled(
         Q = _log_softmax(p.kernel + F[:, :, None], 1).exp()
         R = _log_softmax(p.kernel + G_before[:, None, :], 2).exp()
         G_bar_now = torch.where(taken, G_bar, 0)
-        F_bar = torch.where(last, S.sum(2), 0) - (Q @ G_bar_now[:, :, None]).squeeze(2)
+        F_bar = torch.where(last, S.sum(2), 0) - (Q * G_bar_now[:, None, :]).sum(2)
         X_bar = X_bar - Q * G_bar_now[:, None, :] - F_bar[:, :, None] * R
         log_a_bar, log_b_bar = log_a_bar + F_bar, log_b_bar + G_bar_now
-        G_bar = torch.where(taken, -(F_bar[:, None, :] @ R).squeeze(1), G_bar)
+        G_bar = torch.where(taken, -(F_bar[:, :, None] * R).sum(1), G_bar)
     return X_bar, log_a_bar, log_b_bar
 
 
 def _implicit(S: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     """Solve ``[diag(P 1), P; P^T, diag(P^T 1)] (x, y) = (S 1, S^T 1)`` for the y orthogonal to the marginal."""
+    dtype = plan.dtype
+    S, plan = S.double(), plan.double()  # the system is ill-conditioned
     r, c = plan.sum(2), plan.sum(1)
     inverse = torch.where(r == 0, 0, 1 / r)[:, :, None]
     schur = torch.diag_embed(c) - plan.mT @ (inverse * plan)
@@ -371,4 +364,4 @@ def _implicit(S: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     right = S.sum(1) - ((inverse * plan).mT @ S.sum(2)[:, :, None]).squeeze(2)
     y = torch.linalg.solve_ex(schur, right)[0]
     x = inverse.squeeze(2) * (S.sum(2) - (plan @ y[:, :, None]).squeeze(2))
-    return x, y
+    return x.to(dtype), y.to(dtype)

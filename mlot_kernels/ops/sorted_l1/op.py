@@ -11,7 +11,7 @@ from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.ops.sorted_l1 import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _SIDES = ", ".join(
     f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
@@ -111,9 +111,8 @@ class SortedL1(torch.autograd.Function):
         ctx.options, ctx.backend = inputs[14:17], inputs[17]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them a single time
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         needed = needs[0] or needs[3], needs[7] or needs[10]
         gradients = _backward(

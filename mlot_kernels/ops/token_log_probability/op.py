@@ -11,7 +11,7 @@ from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.ops.token_log_probability import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, Tensor tokens"
 _OPTIONS = "float temperature, bool standardize, int vocab_size, str backend"
@@ -67,11 +67,9 @@ class TokenLogProbability(torch.autograd.Function):
         ctx.save_for_backward(values, index, column_mask, tokens, *saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_values, grad_log_scale = _backward(
-            grad.contiguous(), *ctx.saved_tensors, ctx.temperature, ctx.vocab_size, ctx.backend
-        )
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_values, grad_log_scale = _backward(grad.contiguous(), *saved, ctx.temperature, ctx.vocab_size, ctx.backend)
         scale = None if ctx.log_scale_dtype is None else grad_log_scale.to(ctx.log_scale_dtype)
         return grad_values, None, None, scale, None, None, None, None, None
 

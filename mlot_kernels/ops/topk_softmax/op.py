@@ -11,7 +11,7 @@ from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.ops.topk_softmax import reference
-from mlot_kernels.registry import differentiable_operator, raw_operator
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale"
 _OPTIONS = "float temperature, bool standardize, int vocab_size, int k, str backend"
@@ -93,12 +93,14 @@ class TopkSoftmax(torch.autograd.Function):
         ctx.save_for_backward(values, index, column_mask, columns, *saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_log_probabilities: Tensor, _: Tensor, grad_lse: Tensor, *__: Tensor) -> tuple:
+    @once_differentiable
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_log_probabilities: Tensor, _: Tensor, grad_lse: Tensor, *__: Tensor
+    ) -> tuple:
         grad_values, grad_log_scale = _backward(
             grad_log_probabilities.contiguous(),
             grad_lse.contiguous(),
-            *ctx.saved_tensors,
+            *saved,
             ctx.temperature,
             ctx.vocab_size,
             ctx.backend,
