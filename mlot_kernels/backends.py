@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,12 @@ PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference
 # Read once, at import, and plain globals: torch.compile can trace neither find_spec nor a ContextVar.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_override: str | None = os.environ.get("MLOT_BACKEND") or None
-_explaining = False
+_environment: str | None = os.environ.get("MLOT_BACKEND") or None
+_overrides: list[list[str]] = []  # one-element lists, so that each block finds its own; the last one holds
+_explaining: int | None = None  # the thread that explains
 _warned = False
+
+_one_explains = threading.Lock()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,29 +63,30 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no backend of that name.
     """
-    global _override
-    before, _override = _override, _known(name, "use_backend's name")
+    mine = [_known(name, "use_backend's name")]
+    _overrides.append(mine)
     try:
         yield
     finally:
-        _override = before
+        _overrides[:] = [other for other in _overrides if other is not mine]  # others may have come since
 
 
 def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
     """Say which backend a call of an operator would use, and why each other one would not, without running it.
 
     Args:
-        function: a public operator, e.g. ``mlot_kernels.rank_truncate``.
+        function: a public operator, e.g. ``mlot_kernels.rank_truncate``. Of a loss it explains the first operator.
         arguments, options: what it would be called with; they are checked as the call itself would check them.
     """
     global _explaining
-    before, _explaining = _explaining, True
-    try:
-        function(*arguments, **options)
-    except _Explained as answer:
-        return answer.explanation
-    finally:
-        _explaining = before
+    with _one_explains:
+        _explaining = threading.get_ident()
+        try:
+            function(*arguments, **options)
+        except _Explained as answer:
+            return answer.explanation
+        finally:
+            _explaining = None
     raise TypeError(f"explain takes an operator of mlot_kernels, got {function!r}, which called none")
 
 
@@ -110,10 +115,12 @@ def resolve(
     named = None
     if backend is not None:
         named = _known(backend, "backend")
-    elif _override is not None:
-        named = _known(_override, "MLOT_BACKEND")
+    elif _overrides:
+        named = _overrides[-1][0]
+    elif _environment is not None:
+        named = _known(_environment, "MLOT_BACKEND")
 
-    if _explaining:
+    if _explaining is not None and _explaining == threading.get_ident():
         raise _Explained(_explanation(operator, implementations, arguments, device, named))
     if named is not None:
         if reason := _refusal(named, implementations, arguments, device):

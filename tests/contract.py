@@ -289,6 +289,15 @@ def composes(case: Case, backend: str) -> None:
         _same(([], again), ([], gradients), exact=True)
 
 
+def second_derivative_raises(case: Case, backend: str) -> None:
+    """A gradient that was made with ``create_graph`` is no constant: differentiating it raises."""
+    leaves = tuple(x.detach().requires_grad_() for x in case.inputs)
+    outputs = case.call(leaves, backend)
+    gradients = torch.autograd.grad(outputs, leaves, _upstream(outputs), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(sum((g**2).sum() for g in gradients), leaves)
+
+
 def compiles(cases: list[Case], backend: str, compiler: str) -> None:
     """``torch.compile(fullgraph=True)`` traces the call, at several sizes, and the result is the same."""
     torch.compiler.reset()

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -73,6 +74,36 @@ def test_explain_says_what_would_run_and_why_not():
     with pytest.raises(ValueError, match="at least one column"):
         explain(row_entropy, X[:, :0])
     row_entropy(X)  # and calls run again
+
+
+def test_explaining_leaves_other_threads_alone():
+    stop, errors = threading.Event(), []
+
+    def work():
+        while not stop.is_set():
+            try:
+                row_entropy(X)
+            except BaseException as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(50):
+        explain(row_entropy, X)
+    stop.set()
+    thread.join()
+    assert not errors
+
+
+def test_blocks_that_end_out_of_order_leave_nothing_behind():
+    first, second = use_backend("reference"), use_backend("cuda")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(BackendUnavailable):
+        row_entropy(X)
+    second.__exit__(None, None, None)
+    row_entropy(X)
 
 
 def test_an_implementation_may_refuse_a_call(monkeypatch):

@@ -133,6 +133,15 @@ def test_composes(operator, backend):
 
 
 @by_operator
+def test_second_derivatives_raise(operator, backend):
+    if operator.function is None:
+        pytest.skip("indices have no gradient, and so no second one")
+    for case in cases(operator, "smooth"):
+        if all(x.numel() for x in case.inputs):
+            contract.second_derivative_raises(case, backend)
+
+
+@by_operator
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is not traced")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles(operator, backend, compiler):

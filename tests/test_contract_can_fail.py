@@ -231,6 +231,18 @@ def test_a_graph_break_is_found():
         contract.compiles([broken], "reference", "aot_eager")
 
 
+def test_a_second_derivative_in_silence_is_found():
+    sound = case("odd width")
+
+    def constant(inputs: tuple[Tensor, ...], _: str | None) -> tuple[Tensor, ...]:
+        return (inputs[0].square().sum(-1),)  # differentiable twice: the gradient is no operator's
+
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        contract.second_derivative_raises(
+            Case(sound.name, sound.inputs, constant, sound.definition, (2,), (2,), (0,)), "reference"
+        )
+
+
 def test_a_fallback_in_silence_is_found():
     sound = case("odd width")
     obliging = Case(

@@ -38,12 +38,13 @@ def test_every_loss_falls_on_held_out_text(demo):
     _, _, results = demo
     alone, *runs = results["runs"]
     assert alone["weight"] is None
-    assert {run["name"] for run in runs} == {"MultiLevelOTLoss.paper()", "MultiLevelOTLoss.official()"}
+    assert {run["name"] for run in runs} == {"MultiLevelOTLoss.paper()", "MultiLevelOTLoss.official()", "ULDLoss()"}
     for run in runs:
         held_out = run["distillation"][run["name"]]
         assert len(held_out) == len(run["steps"])
         assert all(map(math.isfinite, held_out))
         assert held_out[-1] < held_out[0]
+        assert held_out[-1] < alone["distillation"][run["name"]][-1]
         assert run["fell"]
         # all start from the same student, and the run without the loss is measured by it, too
         assert held_out[0] == pytest.approx(alone["distillation"][run["name"]][0], rel=1e-4)
@@ -60,19 +61,17 @@ def test_the_figure_and_the_table_are_written(demo):
         assert run["name"] in printed
 
 
-def test_a_loss_that_does_not_fall_fails_the_demo(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [-1, 0])
+def test_a_loss_that_does_nothing_good_fails_the_demo(tmp_path, monkeypatch, factor):
+    """With its gradient dropped or turned round, a loss must not pass: cross-entropy alone lowers it, too."""
     from examples import distill
     from examples.training import Entry
 
-    class Growing(type(distill.LOSSES[0].loss)):
-        """Falls, whatever the student does, in the wrong direction."""
-
-        calls = 0
-
+    class Broken(type(distill.LOSSES[0].loss)):
         def forward(self, *arguments, **options):
-            Growing.calls += 1
-            return super().forward(*arguments, **options) * 0 + Growing.calls
+            value = super().forward(*arguments, **options)
+            return value.detach() + factor * (value - value.detach())
 
-    monkeypatch.setattr(distill, "LOSSES", [Entry("growing", Growing(), weight=1.0)])
-    assert distill.main(["--quick", "--steps", "2", "--output", str(tmp_path)]) == 1
+    monkeypatch.setattr(distill, "LOSSES", [Entry("broken", Broken(), weight=distill.LOSSES[0].weight)])
+    assert distill.main(["--quick", "--output", str(tmp_path)]) == 1
     assert json.loads((tmp_path / "results.json").read_text())["passed"] is False

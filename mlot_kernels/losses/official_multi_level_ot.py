@@ -96,16 +96,16 @@ def official_multi_level_ot_loss(
     # The published code cuts both sides at the batch's longest answer; its shape must not depend on the labels here.
     width = max(student_rows.index.shape[1], teacher_rows.index.shape[1])
     longest = torch.cat((student_rows.count, teacher_rows.count)).amax() if B else student_rows.count.sum()
-    kept = min(_KEPT, max(student_logits.shape[2], teacher_logits.shape[2]))
 
     z_s = Logits(student_logits, student_rows, temperature=student_temperature, standardize=True)
     z_t = Logits(teacher_logits, teacher_rows, temperature=teacher_temperature, standardize=True)
     scope = "batch" if revision == "712cfb4" else "token"
-    teacher = rank_truncate(z_t, k=min(kept, teacher_logits.shape[2]), scope=scope, backend=backend)
+    teacher = rank_truncate(z_t, k=min(_KEPT, teacher_logits.shape[2]), scope=scope, backend=backend)
     if matching == "sum":
-        student = rank_truncate(z_s, k=min(kept, student_logits.shape[2]), scope=scope, backend=backend)
+        student = rank_truncate(z_s, k=min(_KEPT, student_logits.shape[2]), scope=scope, backend=backend)
     else:
         student = _greedily_matched(z_s, student_rows, teacher, teacher_rows, backend)
+    kept = max(student.columns.shape[-1], teacher.columns.shape[-1])
     s = _probabilities(student, student_rows, width, kept)
     t = _probabilities(teacher, teacher_rows, width, kept)
     position = torch.arange(width, device=s.device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench.baselines.multi_level_ot import published_loss
+from mlot_kernels import official_multi_level_ot_loss
 from mlot_kernels.integrations.multi_level_ot import DistillationLoss
 from tests.losses.examples import labels_of, logits_of
 
@@ -36,6 +37,16 @@ def test_another_ignored_label_is_used():
     torch.testing.assert_close(other, usual)
 
 
+def test_f_chooses_the_matching():
+    student, teacher = logits_of(2, 8, 60), logits_of(2, 9, 70)
+    labels = labels_of(8, (2, 4), (3, 3)), labels_of(9, (2, 4), (3, 5))
+    outputs = SimpleNamespace(logits=student, loss=torch.zeros(())), SimpleNamespace(logits=teacher)
+    for f, matching in ((1, "sum"), (2, "greedy")):
+        distillation = DistillationLoss(f=f)(0, *outputs, *labels)[2]
+        expected = official_multi_level_ot_loss(student, teacher, *labels, matching=matching)
+        torch.testing.assert_close(distillation, expected)
+
+
 def test_what_has_no_effect_is_named():
     with pytest.warns(UserWarning, match="DistillationLoss: store_path, debug, tokenizer_student have no effect here"):
         DistillationLoss(store_path="x.npy", debug=True, tokenizer_student="gpt2")
@@ -47,9 +58,7 @@ def test_defaults_do_not_warn():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="f=2, the greedy matching, is not supported yet; pass f=1"):
-        DistillationLoss(f=2)
-    with pytest.raises(ValueError, match="f must be 1, got 3"):
+    with pytest.raises(ValueError, match=r"f must be 1 .* or 2 \(greedy matching\), got 3"):
         DistillationLoss(f=3)
     with pytest.raises(TypeError, match="distillation_weight must be a number"):
         DistillationLoss(distillation_weight="1")

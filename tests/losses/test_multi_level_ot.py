@@ -278,9 +278,7 @@ def test_greedy_matching_equals_a_plain_loop_over_the_paired_rows():
 def test_matching_sees_only_the_pairs_of_several_spans():
     student, teacher = logits_of(1, 9, 14, torch.float64), logits_of(1, 9, 17, torch.float64)
     s_labels, t_labels = labels_of(9, (1, 2, 5, 3)), labels_of(9, (2, 3, 6, 2))
-    parts = multi_level_ot_loss(
-        student, teacher, s_labels, t_labels, k=5, matching="greedy", return_components=True
-    )[1]
+    parts = multi_level_ot_loss(student, teacher, s_labels, t_labels, k=5, matching="greedy", return_components=True)[1]
     s_rows, t_rows = [0, 1, 4, 5, 6], [1, 2, 3, 5, 6]
     s_columns, t_columns = matched_by_a_loop(student[0, s_rows], teacher[0, t_rows], 5, [0, 1, 2, 3], [0, 1, 3, 4])
     s = student[0].softmax(-1)[[0, 1, 4, 5]][:, s_columns]
@@ -327,6 +325,7 @@ def test_gradcheck_through_matching(matching):
     torch.autograd.gradcheck(
         lambda s, t: multi_level_ot_loss(s, t, k=3, matching=matching),
         (student.requires_grad_(), teacher.requires_grad_()),
+        fast_mode=True,
     )
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.baselines import multi_level_ot as baseline
 from bench.baselines.multi_level_ot import published_loss
 from mlot_kernels import MultiLevelOTLoss, Rows, official_multi_level_ot_loss
 from mlot_kernels.losses.official_multi_level_ot import REVISIONS
@@ -94,6 +95,60 @@ def test_lower_precisions_are_upcast():
     assert leaf.grad.dtype == torch.bfloat16
 
 
+def published_greedy_loss(monkeypatch, *arguments, **options):
+    """The published loss at f=2, its function written with the axes that it was meant to loop over."""
+    rank, same_width = baseline._rank, baseline._same_width
+
+    def greedy_algorithm(student, teacher):
+        teacher = rank(teacher)
+        adjusted = torch.zeros_like(teacher)
+        for b in range(len(teacher)):
+            available = list(range(student.shape[2]))
+            for i in range(min(teacher.shape[2], student.shape[2])):
+                costs = (teacher[b, :, i, None] - student[b][:, available]).abs().sum(0)
+                adjusted[b, :, i] = student[b, :, available.pop(int(costs.argmin()))]
+        return same_width(adjusted, teacher)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(baseline, "_rank", lambda p: p)
+        patched.setattr(baseline, "_same_width", greedy_algorithm)
+        return published_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize(("V_s", "V_t"), [(80, 65), (65, 80), (30, 65), (80, 20), (30, 20), (20, 30)])
+@pytest.mark.parametrize("sides", [(12, 15), (15, 12)], ids=str)
+def test_greedy_matching_equals_the_published_loop_over_the_right_axes(monkeypatch, V_s, V_t, sides):
+    student, teacher = logits_of(3, sides[0], V_s, torch.float64), logits_of(3, sides[1], V_t, torch.float64)
+    labels = labels_of(sides[0], (2, 5), (0, 7), (8, 3)), labels_of(sides[1], (1, 6), (4, 4), (7, 5))
+    options = {"skip_student_eos": True, "student_temperature": 0.7, "teacher_temperature": 2.0}
+    for leave_out in ({}, options):
+        ours, published = student.clone().requires_grad_(), student.clone().requires_grad_()
+        value = official_multi_level_ot_loss(ours, teacher, *labels, matching="greedy", **leave_out)
+        expected = published_greedy_loss(monkeypatch, published, teacher, *labels, **leave_out)
+        torch.testing.assert_close(value, expected)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close(ours.grad, published.grad)
+
+
+def test_greedy_matching_of_an_empty_answer_and_of_a_nan():
+    student, teacher = logits_of(2, 8, 60), logits_of(2, 8, 60)
+    labels = labels_of(8, (2, 4), (3, 0)), labels_of(8, (2, 4), (3, 3))
+    leaf = student.clone().requires_grad_()
+    value = official_multi_level_ot_loss(leaf, teacher, *labels, matching="greedy")
+    value.backward()
+    assert value.isfinite()
+    assert (leaf.grad[1] == 0).all()
+    for side in (0, 1):
+        sides = [leaf.detach().clone(), teacher.clone()]
+        sides[side][0, 2, 7] = float("nan")
+        sides[0].requires_grad_()
+        value = official_multi_level_ot_loss(*sides, *labels, matching="greedy")
+        value.backward()
+        assert value.isnan()
+        assert sides[0].grad.isnan().any()
+
+
 def test_reductions_and_components():
     student, teacher = logits_of(3, 8, 60), logits_of(3, 8, 70)
     labels = labels_of(8, (2, 4), (3, 3), (1, 5))
@@ -116,6 +171,9 @@ def test_a_module_is_its_function():
     )
     torch.testing.assert_close(module(student, teacher, labels, labels), expected)
     assert "revision='d8d298f'" in repr(module)
+    greedy = MultiLevelOTLoss.official(matching="greedy")
+    expected = official_multi_level_ot_loss(student, teacher, labels, labels, matching="greedy")
+    torch.testing.assert_close(greedy(student, teacher, labels, labels), expected)
 
 
 def test_compiles_and_does_not_wait_for_the_device():
@@ -135,6 +193,12 @@ S, L = logits_of(2, 4, 9), labels_of(4, (1, 2), (1, 3))
     ("options", "error", "words"),
     [
         ({"revision": "main"}, ValueError, "revision must be one of '712cfb4', 'd8d298f', '77e32ae', got 'main'"),
+        ({"matching": "optimal"}, ValueError, "matching must be one of 'sum', 'greedy', got 'optimal'"),
+        (
+            {"matching": "greedy", "revision": "d8d298f"},
+            ValueError,
+            "matching='greedy' needs revision='712cfb4', got revision='d8d298f'",
+        ),
         ({"skip_student_eos": 1}, TypeError, "skip_student_eos must be True or False"),
         ({"student_temperature": 0}, ValueError, "temperature must be above 0"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),

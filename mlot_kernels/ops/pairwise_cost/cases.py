@@ -32,6 +32,11 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     for metric in ("l1", "l2", "sqeuclidean"):
         yield _case(f"{metric}, ties", x, y, metric, smooth=False)
     x, y = rand(1, 4, 6), rand(1, 4, 6)
+    x[0, 0], y[0, 1] = 0, 0
+    if dtype not in (torch.float16, torch.bfloat16):  # their squares underflow, and so do the gradient's digits
+        x[0, 1] *= 1e-9
+    yield _case("cosine, vectors of almost no length", x, y, "cosine", smooth=False)
+    x, y = rand(1, 4, 6), rand(1, 4, 6)
     x[0, 0, 0] = x[0, 1, 2] = y[0, 1, 2] = 0
     x[0, :, 2] = 0
     yield _case("cross_entropy, zeros", x, y, "cross_entropy", smooth=False)

@@ -26,8 +26,14 @@ def pairwise_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
     if metric == "sqeuclidean":
         return ((x - y) ** 2).sum(-1)
     if metric == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(x, y, -1, SMALLEST_NORM)
+        return 1 - (_unit(x) * _unit(y)).sum(-1)
     return -(x * torch.where((x == 0) & (y == 0), 1, y).log()).sum(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    square = (x**2).sum(-1, keepdim=True)
+    small = square <= SMALLEST_NORM**2
+    return x / square.masked_fill(small, 1).sqrt().masked_fill(small, SMALLEST_NORM)
 
 
 def forward(x: Tensor, y: Tensor, metric: str) -> Tensor:
