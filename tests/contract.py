@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlot_kernels.cases import Case
@@ -303,13 +304,16 @@ def compiles(cases: list[Case], backend: str, compiler: str) -> None:
     torch.compiler.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for case in cases:
+            counter = CompileCounterWithBackend(compiler)
             compiled = torch.compile(
-                lambda inputs, case=case: case.call(inputs, backend), fullgraph=True, dynamic=True, backend=compiler
+                lambda inputs, case=case: case.call(inputs, backend), fullgraph=True, dynamic=True, backend=counter
             )
             _same(_differentiate(compiled, case.inputs), run(case, backend), exact=True)
             if case is cases[0]:  # an unadorned case, whose call takes inputs of any width
+                frames = counter.frame_count
                 narrow = tuple(x[..., :-2].contiguous() for x in case.inputs)
                 _same(_differentiate(compiled, narrow), run(case, backend, narrow), exact=True)
+                assert counter.frame_count == frames, "another width is compiled anew"
 
 
 def refuses_other_backends(operator: Operator, case: Case, backend: str) -> None:

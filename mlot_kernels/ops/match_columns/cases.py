@@ -22,20 +22,21 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(1)
 
-    def randn(*shape: int, as_dtype: torch.dtype = accumulator(dtype)) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul(2).to(as_dtype).to(device)
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul(2).to(dtype).to(device)
 
     def teacher(student: Logits, k: int) -> Tensor:
         """Log-probabilities of the student's rows at k columns of a larger vocabulary."""
         B, A = prepare(student).index.shape
         rows = (A,) if student.values.dim() == 2 else (B, A)
-        return randn(*rows, k + 9).log_softmax(-1).sort(dim=-1, descending=True).values[..., :k].contiguous()
+        x = randn(*rows, k + 9).to(accumulator(dtype))
+        return x.log_softmax(-1).sort(dim=-1, descending=True).values[..., :k].contiguous()
 
     for name, student, smooth in logits_examples(dtype, device):
         for method in reference.METHODS:
             yield _case(f"{name}, {method}", student, teacher(student, 5), smooth, method)
     for method in reference.METHODS:
-        student = Logits(randn(2, 3, 12, as_dtype=dtype))
+        student = Logits(randn(2, 3, 12))
         yield _case(f"k = V, {method}", student, teacher(student, 12), True, method)
         yield _case(f"k = 1, {method}", student, teacher(student, 1), True, method)
         few = replace(student, columns=torch.arange(12, device=device) % 4 == 0)

@@ -22,7 +22,7 @@ def _fake(values: Tensor, index: Tensor, *rest: Any) -> Tensor:
 
 _operator = plain_operator(
     "match_columns(Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, float temperature, "
-    "bool standardize, int vocab_size, Tensor teacher, str method, str backend) -> Tensor columns",
+    "bool standardize, SymInt vocab_size, Tensor teacher, str method, str backend) -> Tensor columns",
     fake=_fake,
     implementations=FORWARD,
 )
@@ -49,8 +49,8 @@ def match_columns(
             that ``pair`` returns; its rows beyond the student's count are not read. Without the B dimension for
             ``[N, V]``.
         method: ``"greedy"``: the teacher's columns choose in their order, each the free column that costs it least, the
-            lower index first among equals. ``"optimal"``: an assignment with the least sum of costs, SciPy's choice where
-            there are several; needs SciPy (``pip install 'mlot-kernels[optimal]'``) and waits for the device.
+            lower index first among equals. ``"optimal"``: an assignment with the least sum of costs, SciPy's choice
+            where there are several; needs SciPy (``pip install 'mlot-kernels[optimal]'``) and waits for the device.
         backend: run on this backend or raise; by default the best one for the device.
 
     Returns:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Side, log_probabilities
 
 METHODS = ("greedy", "optimal")
@@ -26,8 +27,7 @@ def costs(student: Side, teacher: Tensor) -> Tensor:
     inf at columns that are not looked at; NaN in all of a sequence with a NaN in a counted row.
     """
     behind = (student.row_index < 0)[..., None]
-    dtype = torch.promote_types(student.values.dtype, teacher.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = accumulator(torch.promote_types(student.values.dtype, teacher.dtype))
     s, t = (  # [B, A, V], [B, A, k]
         log_p.to(dtype).exp().masked_fill(behind, 0) for log_p in (log_probabilities(*student), teacher)
     )

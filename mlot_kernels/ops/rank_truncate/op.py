@@ -15,7 +15,7 @@ from mlot_kernels.ops.rank_truncate import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, Tensor? given"
-_OPTIONS = "float[] temperatures, bool standardize, int vocab_size, int k, str scope, str backend"
+_OPTIONS = "float[] temperatures, bool standardize, SymInt vocab_size, SymInt k, str scope, str backend"
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor kept_mass, {_SAVED})"
 
@@ -58,8 +58,8 @@ _forward = raw_operator(
 )
 _backward = raw_operator(
     "rank_truncate_backward(Tensor grad_log_probabilities, Tensor grad_kept_mass, Tensor values, Tensor index, "
-    f"Tensor? column_mask, Tensor columns, Tensor log_probabilities, {_SAVED}, float[] temperatures, int vocab_size, "
-    "str backend) -> (Tensor grad_values, Tensor grad_log_scale)",
+    f"Tensor? column_mask, Tensor columns, Tensor log_probabilities, {_SAVED}, float[] temperatures, "
+    "SymInt vocab_size, str backend) -> (Tensor grad_values, Tensor grad_log_scale)",
     fake=_backward_fake,
     implementations=BACKWARD,
 )

@@ -14,7 +14,7 @@ from mlot_kernels.registry import differentiable_operator, once_differentiable, 
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale"
 _SAVED = "Tensor mass, Tensor peak, Tensor log_total, Tensor mean, Tensor scale, Tensor slope, Tensor moment"
-_OPTIONS = "float temperature, bool standardize, int vocab_size, str backend"
+_OPTIONS = "float temperature, bool standardize, SymInt vocab_size, str backend"
 
 FORWARD = {"reference": reference.forward}
 BACKWARD = {"reference": reference.backward}
@@ -35,7 +35,7 @@ _forward = raw_operator(
 )
 _backward = raw_operator(
     f"row_entropy_backward(Tensor grad, {_INPUTS}, Tensor entropy, {_SAVED}, "
-    "float temperature, int vocab_size, str backend) -> (Tensor grad_values, Tensor grad_log_scale)",
+    "float temperature, SymInt vocab_size, str backend) -> (Tensor grad_values, Tensor grad_log_scale)",
     fake=_backward_fake,
     implementations=BACKWARD,
 )

@@ -15,7 +15,7 @@ from mlot_kernels.registry import differentiable_operator, once_differentiable, 
 
 _SIDES = ", ".join(
     f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
-    f"float {side}_temperature, bool {side}_standardize, int {side}_vocab_size"
+    f"float {side}_temperature, bool {side}_standardize, SymInt {side}_vocab_size"
     for side in ("student", "teacher")
 )
 _SAVED = ", ".join(
@@ -23,7 +23,7 @@ _SAVED = ", ".join(
     for side in ("student", "teacher")
     for scalar in ("peak", "log_total", "mean", "scale", "slope", "total", "moment")
 )
-_OPTIONS = "str ties, int top_k, str tail"
+_OPTIONS = "str ties, SymInt top_k, str tail"
 
 FORWARD = {"reference": reference.forward}
 BACKWARD = {"reference": reference.backward}

@@ -14,7 +14,7 @@ from mlot_kernels.ops.token_log_probability import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, Tensor tokens"
-_OPTIONS = "float temperature, bool standardize, int vocab_size, str backend"
+_OPTIONS = "float temperature, bool standardize, SymInt vocab_size, str backend"
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probability, {_SAVED})"
 
@@ -37,7 +37,7 @@ _forward = raw_operator(
 )
 _backward = raw_operator(
     "token_log_probability_backward(Tensor grad, Tensor values, Tensor index, Tensor? column_mask, Tensor tokens, "
-    f"{_SAVED}, float temperature, int vocab_size, str backend) -> (Tensor grad_values, Tensor grad_log_scale)",
+    f"{_SAVED}, float temperature, SymInt vocab_size, str backend) -> (Tensor grad_values, Tensor grad_log_scale)",
     fake=_backward_fake,
     implementations=BACKWARD,
 )

@@ -14,7 +14,7 @@ from mlot_kernels.ops.topk_softmax import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale"
-_OPTIONS = "float temperature, bool standardize, int vocab_size, int k, str backend"
+_OPTIONS = "float temperature, bool standardize, SymInt vocab_size, SymInt k, str backend"
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor lse, {_SAVED})"
 
@@ -62,7 +62,7 @@ _forward = raw_operator(
 )
 _backward = raw_operator(
     "topk_softmax_backward(Tensor grad_log_probabilities, Tensor grad_lse, Tensor values, Tensor index, "
-    f"Tensor? column_mask, Tensor columns, {_SAVED}, float temperature, int vocab_size, str backend) -> "
+    f"Tensor? column_mask, Tensor columns, {_SAVED}, float temperature, SymInt vocab_size, str backend) -> "
     "(Tensor grad_values, Tensor grad_log_scale)",
     fake=_backward_fake,
     implementations=BACKWARD,
