@@ -5,9 +5,11 @@ from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses import (
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
+    SequenceTransportLoss,
     ULDLoss,
     multi_level_ot_loss,
     official_multi_level_ot_loss,
+    sequence_transport_loss,
     uld_loss,
 )
 from mlot_kernels.ops.match_columns import match_columns
@@ -18,6 +20,7 @@ from mlot_kernels.ops.sinkhorn import sinkhorn
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.token_log_probability import token_log_probability
 from mlot_kernels.ops.topk_softmax import TopK, topk_softmax
+from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.rows import Pairing, Rows, pair
 from mlot_kernels.transport import Transport
 
@@ -29,6 +32,7 @@ __all__ = [
     "Pairing",
     "Ranked",
     "Rows",
+    "SequenceTransportLoss",
     "TopK",
     "Transport",
     "ULDLoss",
@@ -41,10 +45,12 @@ __all__ = [
     "pairwise_cost",
     "rank_truncate",
     "row_entropy",
+    "sequence_transport_loss",
     "sinkhorn",
     "sorted_l1",
     "token_log_probability",
     "topk_softmax",
+    "transport_cost",
     "uld_loss",
     "use_backend",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlot_kernels import checks
 
+METRICS = ("l1", "l2", "sqeuclidean", "cosine", "cross_entropy")
 MARGINALS = ("uniform", "unit")
 DOMAINS = ("auto", "log", "scaling")
 GRADIENTS = ("unrolled", "envelope", "implicit")

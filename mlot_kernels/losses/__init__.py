@@ -2,13 +2,16 @@
 
 from mlot_kernels.losses.multi_level_ot import MultiLevelOTLoss, multi_level_ot_loss
 from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss, official_multi_level_ot_loss
+from mlot_kernels.losses.sequence_transport import SequenceTransportLoss, sequence_transport_loss
 from mlot_kernels.losses.uld import ULDLoss, uld_loss
 
 __all__ = [
     "MultiLevelOTLoss",
     "OfficialMultiLevelOTLoss",
+    "SequenceTransportLoss",
     "ULDLoss",
     "multi_level_ot_loss",
     "official_multi_level_ot_loss",
+    "sequence_transport_loss",
     "uld_loss",
 ]

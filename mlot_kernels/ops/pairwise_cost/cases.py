@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlot_kernels.cases import Case
 from mlot_kernels.ops.pairwise_cost import pairwise_cost, reference
+from mlot_kernels.transport import METRICS
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
@@ -21,7 +22,7 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     def rand(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=generator) + 0.05).to(dtype).to(device)
 
-    for metric in reference.METRICS:
+    for metric in METRICS:
         yield _case(metric, rand(2, 5, 7), rand(2, 4, 7), metric)
         yield _case(f"{metric}, permuted", rand(5, 2, 7).transpose(0, 1), rand(2, 7, 4).transpose(1, 2), metric)
         yield _case(f"{metric}, one of each", rand(1, 1, 1) + 1, rand(1, 1, 1), metric)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.ops.pairwise_cost import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.transport import METRICS
 
 FORWARD = {"reference": reference.forward}
 BACKWARD = {"reference": reference.backward}
@@ -95,6 +96,6 @@ def pairwise_cost(x: Tensor, y: Tensor, *, metric: str = "l1", backend: str | No
     checks.tensor("x", x, "[B, M, D]")
     checks.tensor("y", y, "[B, N, D]")
     checks.sized("y", y, (x.shape[0], y.shape[1], x.shape[2]), "[B, N, D] with B and D of x")
-    checks.choice("metric", metric, reference.METRICS)
+    checks.choice("metric", metric, METRICS)
     checks.same_device(x=x, y=y)
     return _operator(x, y, metric, backend=backend)

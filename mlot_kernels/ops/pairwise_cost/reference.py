@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mlot_kernels.checks import accumulator
 
-METRICS = ("l1", "l2", "sqeuclidean", "cosine", "cross_entropy")
 SMALLEST_NORM = 1e-8  # of torch.nn.functional.cosine_similarity
 _TILE = 2**24  # elements of a temporary [B, rows, N, D]
 
