@@ -77,14 +77,26 @@ def published_loss(
 
 
 def tidied_paper_loss(
-    student_logits: Tensor, teacher_logits: Tensor, student_rows: Rows, teacher_rows: Rows, *, k: int = K
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_rows: Rows,
+    teacher_rows: Rows,
+    *,
+    k: int = K,
+    weights: tuple[float, float, float] = (1.0, 0.1, 0.1),
+    transport_temperature: float = 2.0,
+    epsilon: float = EPSILON,
+    iterations: int = 20,
+    marginals: str = "unit",
 ) -> Tensor:
-    """The paper's loss, vectorised within a sequence: what ``MultiLevelOTLoss.paper()`` computes.
+    """The paper's loss, vectorised within a sequence: what ``MultiLevelOTLoss`` computes, and by default ``paper()``.
 
     Args:
         student_logits: ``[B, Ts, Vs]``.
         teacher_logits: ``[B, Tt, Vt]``.
         student_rows, teacher_rows: the counted rows, a single span per sequence.
+        weights: of HAD, SL and <P, C>.
+        marginals: ``"unit"``, or ``"uniform"``, whose plan has the sum 1.
 
     Returns:
         ``HAD + 0.1 SL + 0.1 <P, C>``, summed over rows, a mean over the sequences with a pair of rows; a scalar.
@@ -97,13 +109,17 @@ def tidied_paper_loss(
         paired = min(student_count, teacher_count)
         if paired == 0:
             continue
-        log_s, s_features = _kept(student_logits[i, student_rows.index[i, :student_count]], k)
-        log_t, t_features = _kept(teacher_logits[i, teacher_rows.index[i, :teacher_count]], k)
+        student = student_logits[i, student_rows.index[i, :student_count]]
+        teacher = teacher_logits[i, teacher_rows.index[i, :teacher_count]]
+        log_s, s_features = _kept(student, k, transport_temperature)
+        log_t, t_features = _kept(teacher, k, transport_temperature)
         t = log_t[:paired].exp()
-        absolute_difference = (t - log_s[:paired].exp()).abs().sum()
-        logarithmic = -(t * log_s[:paired]).sum()
         cost = torch.cdist(t_features, s_features, p=1)
-        losses.append(absolute_difference + 0.1 * logarithmic + 0.1 * (_plan(cost, iterations=20) * cost).sum())
+        plan = _plan(cost, iterations, epsilon)
+        if marginals == "uniform":  # rows and columns scaled alike: the same iteration, another sum
+            plan = plan / plan.shape[1]
+        terms = (t - log_s[:paired].exp()).abs().sum(), -(t * log_s[:paired]).sum(), (plan * cost).sum()
+        losses.append(sum(weight * term for weight, term in zip(weights, terms, strict=True)))
     return torch.stack(losses).mean() if losses else student_logits.sum() * 0
 
 
@@ -143,21 +159,21 @@ def _same_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-def _kept(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at the k columns with the largest sums, and probabilities there at temperature 2.
+def _kept(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities at the k columns with the largest sums, and probabilities there at another temperature.
 
     Args:
         logits: ``[A, V]``.
     """
     log_p = logits.log_softmax(-1)
     columns = log_p.detach().exp().sum(0).topk(k).indices
-    halved = logits / 2
-    return log_p[:, columns], (halved[:, columns] - halved.logsumexp(-1, keepdim=True)).exp()
+    flatter = logits / temperature
+    return log_p[:, columns], (flatter[:, columns] - flatter.logsumexp(-1, keepdim=True)).exp()
 
 
-def _plan(cost: Tensor, iterations: int) -> Tensor:
+def _plan(cost: Tensor, iterations: int, epsilon: float = EPSILON) -> Tensor:
     """The transport plan between unit marginals: ``[M, N]``, rows normalised first, columns last."""
-    plan = (-cost / EPSILON).exp()
+    plan = (-cost / epsilon).exp()
     for _ in range(iterations):
         plan = plan / plan.sum(1, keepdim=True)
         plan = plan / plan.sum(0, keepdim=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlot_kernels import checks
@@ -41,6 +42,11 @@ def at_rows(weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor | None:
     if weight.shape[1] == 0:
         return like.new_zeros(rows.index.shape)
     return weight.gather(1, rows.index.clamp(min=0)).to(like.dtype).masked_fill(~rows.counted, 0)
+
+
+def weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+    """``values * weight``; a weight of 0 takes an infinite value out."""
+    return values if weight is None else torch.where(weight == 0, 0, values) * weight
 
 
 def check_backend(backend: str | None) -> None:

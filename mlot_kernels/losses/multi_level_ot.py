@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits, Ranked
-from mlot_kernels.losses.common import at_rows, check_reduction, reduce, two_sides, vocabulary
+from mlot_kernels.losses.common import at_rows, check_backend, check_reduction, reduce, two_sides, vocabulary, weighted
 from mlot_kernels.ops.match_columns import match_columns
-from mlot_kernels.ops.pairwise_cost import pairwise_cost
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.rank_truncate.reference import SCOPES
-from mlot_kernels.ops.sinkhorn import sinkhorn
+from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.rows import Pairing, Rows, pair
+from mlot_kernels.transport import MARGINALS
 
 if TYPE_CHECKING:
     from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss
@@ -82,7 +82,8 @@ def multi_level_ot_loss(
             ones.
         student_vocab_size, teacher_vocab_size: columns from here on are padding and take no part; None: all count.
         reduction: ``"none"`` ``[B]``, ``"sum"``, or ``"mean"`` over the sequences that have a counted pair.
-        num_items_in_batch: replaces the mean's denominator.
+        num_items_in_batch: replaces the mean's denominator, which counts sequences: for gradient accumulation pass the
+            number of sequences of all micro-batches, not that of their tokens.
         token_weight: ``[B, T_s]``, weights of the student's positions: multiplies each paired row of the first two
             terms and each student column of the transport term.
         return_components: also return a dict of detached scalars: ``absolute_difference``, ``logarithmic`` and
@@ -98,7 +99,20 @@ def multi_level_ot_loss(
         TypeError, ValueError: an argument has another type, dtype, shape, device or value.
         BackendUnavailable: ``backend`` cannot run this call.
     """
-    _check_options(k, scope, matching, reduction, num_items_in_batch)
+    _check_options(
+        k,
+        scope,
+        matching,
+        absolute_weight,
+        logarithmic_weight,
+        transport_weight,
+        transport_temperature,
+        epsilon,
+        iterations,
+        marginals,
+        shift,
+    )
+    check_reduction(reduction, num_items_in_batch)
     two_sides(student_logits, teacher_logits, token_weight)
     student_rows = Rows.of(student_labels, student_logits, shift=shift, name="student_labels")
     teacher_rows = Rows.of(teacher_labels, teacher_logits, shift=shift, name="teacher_labels")
@@ -110,7 +124,7 @@ def multi_level_ot_loss(
         Logits(student_logits, student_rows, vocab_size=V_s),
         Logits(teacher_logits, teacher_rows, vocab_size=V_t),
     )
-    also_at = (checks.number("transport_temperature", transport_temperature, above=0),)
+    also_at = (transport_temperature,)
     kept = min(k, V_s, V_t)
     teacher = rank_truncate(z_t, k=kept, scope=scope, also_at=also_at, backend=backend)
     if matching == "sum":
@@ -123,27 +137,22 @@ def multi_level_ot_loss(
         # -1 stands for a NaN, which shows by itself at any column, and there in the gradient, too.
         student = gather_columns(z_s, columns.clamp(min=0), also_at=also_at, backend=backend)
     absolute, logarithmic = _paired_terms(student, teacher, pairs, token_weight)  # [B]
-    cost = pairwise_cost(
-        teacher.log_probabilities[1].exp(), student.log_probabilities[1].exp(), metric="l1", backend=backend
-    )  # [B, A_t, A_s]
-    transport = sinkhorn(
-        cost,
+    transport = transport_cost(
+        teacher.log_probabilities[1].exp(),
+        student.log_probabilities[1].exp(),
+        metric="l1",
         epsilon=epsilon,
         iterations=iterations,
         marginals=marginals,
         row_lengths=teacher_rows.count,
         column_lengths=student_rows.count,
-        column_weight=at_rows(token_weight, student_rows, cost),
+        column_weight=at_rows(token_weight, student_rows, absolute),
         backend=backend,
     ).cost
 
     paired = pairs.student.count > 0
     terms = [term.masked_fill(~paired, 0) for term in (absolute, logarithmic, transport)]
-    weights = (absolute_weight, logarithmic_weight, transport_weight)
-    names = ("absolute_weight", "logarithmic_weight", "transport_weight")
-    per_sequence = sum(
-        checks.number(name, weight) * term for name, weight, term in zip(names, weights, terms, strict=True)
-    )
+    per_sequence = absolute_weight * terms[0] + logarithmic_weight * terms[1] + transport_weight * terms[2]
     # A factor, not a summand: the gradient of a mismatched sequence must show it, too.
     per_sequence = per_sequence + transport * torch.zeros_like(transport).masked_fill(pairs.mismatched, float("nan"))
     loss = reduce(per_sequence, paired, reduction, num_items_in_batch)
@@ -158,7 +167,17 @@ def multi_level_ot_loss(
 
 
 def _check_options(
-    k: int, scope: str, matching: str, reduction: str, num_items_in_batch: Tensor | float | None = None
+    k: int,
+    scope: str,
+    matching: str,
+    absolute_weight: float,
+    logarithmic_weight: float,
+    transport_weight: float,
+    transport_temperature: float,
+    epsilon: float,
+    iterations: int,
+    marginals: str,
+    shift: int,
 ) -> None:
     checks.integer("k", k, 1)
     checks.choice("scope", scope, SCOPES)
@@ -168,7 +187,14 @@ def _check_options(
             f"matching={matching!r} matches the columns of a sequence, got scope={scope!r}; "
             "pass scope='sequence' or matching='sum'"
         )
-    check_reduction(reduction, num_items_in_batch)
+    checks.number("absolute_weight", absolute_weight)
+    checks.number("logarithmic_weight", logarithmic_weight)
+    checks.number("transport_weight", transport_weight)
+    checks.number("transport_temperature", transport_temperature, above=0)
+    checks.number("epsilon", epsilon, above=0)
+    checks.integer("iterations", iterations, 1)
+    checks.choice("marginals", marginals, MARGINALS)
+    checks.integer("shift", shift, 0)
 
 
 def _paired_terms(
@@ -181,9 +207,9 @@ def _paired_terms(
     absolute = (t - s).abs().sum(-1)  # [B, A]
     logarithmic = -torch.where(t == 0, 0, t * log_s.masked_fill(t == 0, 0)).sum(-1)  # 0 * -inf is 0 here
     weight = at_rows(token_weight, pairs.student, absolute)
-    terms = (absolute, logarithmic) if weight is None else (absolute * weight, logarithmic * weight)
     unpaired = ~pairs.student.counted
-    return terms[0].masked_fill(unpaired, 0).sum(1), terms[1].masked_fill(unpaired, 0).sum(1)
+    absolute, logarithmic = (weighted(term.masked_fill(unpaired, 0), weight) for term in (absolute, logarithmic))
+    return absolute.sum(1), logarithmic.sum(1)
 
 
 def _at_slots(log_p: Tensor, slot: Tensor) -> Tensor:
@@ -220,7 +246,21 @@ class MultiLevelOTLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check_options(k, scope, matching, reduction)
+        _check_options(
+            k,
+            scope,
+            matching,
+            absolute_weight,
+            logarithmic_weight,
+            transport_weight,
+            transport_temperature,
+            epsilon,
+            iterations,
+            marginals,
+            shift,
+        )
+        check_reduction(reduction)
+        check_backend(backend)
         self.options: dict[str, Any] = {
             "k": k,
             "scope": scope,
@@ -240,9 +280,23 @@ class MultiLevelOTLoss(nn.Module):
         }
 
     @classmethod
-    def paper(cls) -> MultiLevelOTLoss:
-        """The loss as the paper defines it."""
-        return cls()
+    def paper(
+        cls,
+        *,
+        shift: int = 1,
+        student_vocab_size: int | None = None,
+        teacher_vocab_size: int | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> MultiLevelOTLoss:
+        """The loss as the paper defines it; the options are those that its definition leaves open."""
+        return cls(
+            shift=shift,
+            student_vocab_size=student_vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+            reduction=reduction,
+            backend=backend,
+        )
 
     @staticmethod
     def official(
@@ -252,8 +306,12 @@ class MultiLevelOTLoss(nn.Module):
         skip_teacher_eos: bool = False,
         student_temperature: float = 1.0,
         teacher_temperature: float = 1.0,
+        **options: Any,
     ) -> OfficialMultiLevelOTLoss:
-        """What the published code computes at ``revision``, with every defect that changes a value."""
+        """What the published code computes at ``revision``, with every defect that changes a value.
+
+        All options are those of ``OfficialMultiLevelOTLoss``.
+        """
         from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss
 
         return OfficialMultiLevelOTLoss(
@@ -263,6 +321,7 @@ class MultiLevelOTLoss(nn.Module):
             skip_teacher_eos=skip_teacher_eos,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
+            **options,
         )
 
     def forward(

@@ -72,7 +72,7 @@ def official_multi_level_ot_loss(
         ignore_index: the label that does not count.
         reduction: ``"mean"`` over the batch is the published value; ``"none"`` ``[B]`` holds what it averages,
             ``"sum"`` adds that up.
-        num_items_in_batch: replaces the mean's denominator B.
+        num_items_in_batch: replaces the mean's denominator B, which counts sequences, not tokens.
         return_components: also return a dict of detached scalars: ``absolute_difference`` (HAD), ``logarithmic`` (SL)
             and ``transport`` (SD) before their weights, ``student_mass`` and ``teacher_mass``, the mean kept
             probability of a counted row, and ``rows``, the number of rows of absolute differences.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits
-from mlot_kernels.losses.common import at_rows, check_backend, check_reduction, reduce, two_sides, vocabulary
+from mlot_kernels.losses.common import at_rows, check_backend, check_reduction, reduce, two_sides, vocabulary, weighted
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.sorted_l1.reference import TAILS, TIES
 from mlot_kernels.rows import Rows, pair
@@ -51,7 +51,7 @@ def uld_loss(
             ones.
         student_vocab_size, teacher_vocab_size: columns from here on are padding and take no part; None: all count.
         reduction: ``"none"`` ``[B]``, ``"sum"``, or ``"mean"`` over the sequences that have a counted pair.
-        num_items_in_batch: replaces the mean's denominator.
+        num_items_in_batch: replaces the mean's denominator, which counts sequences, not tokens.
         token_weight: ``[B, T_s]``, weights of the student's positions in the mean over rows.
         return_components: also return a dict of detached scalars: ``sorted_l1``, reduced as the mean, and ``rows``, the
             number of paired rows.
@@ -89,7 +89,7 @@ def uld_loss(
     if weight is None:
         weight = pairs.student.counted.to(distance.dtype)
     total = weight.sum(1)
-    per_sequence = (weight * distance).sum(1) / total.masked_fill(total == 0, 1)
+    per_sequence = weighted(distance, weight).sum(1) / total.masked_fill(total == 0, 1)
     per_sequence = per_sequence.masked_fill(pairs.mismatched, float("nan"))
     paired = pairs.student.count > 0
     loss = reduce(per_sequence, paired, reduction, num_items_in_batch)

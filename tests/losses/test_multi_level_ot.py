@@ -32,6 +32,74 @@ def test_paper_equals_the_paper_written_out(V_s, V_t, dtype):
     torch.testing.assert_close(ours[1], expected[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        ({"k": 7}, {"k": 7}),
+        ({"absolute_weight": 0.3}, {"weights": (0.3, 0.1, 0.1)}),
+        ({"logarithmic_weight": 0.7}, {"weights": (1.0, 0.7, 0.1)}),
+        ({"transport_weight": 2.0}, {"weights": (1.0, 0.1, 2.0)}),
+        ({"transport_temperature": 5.0}, {"transport_temperature": 5.0}),
+        ({"epsilon": 0.5}, {"epsilon": 0.5}),
+        ({"iterations": 3}, {"iterations": 3}),
+        ({"marginals": "uniform"}, {"marginals": "uniform"}),
+    ],
+    ids=str,
+)
+def test_every_option_changes_what_it_says(options, by_hand):
+    student, teacher = logits_of(2, 8, 40, torch.float64), logits_of(2, 9, 45, torch.float64)
+    labels = labels_of(8, (2, 5), (0, 7)), labels_of(9, (1, 6), (4, 4))
+    rows = [Rows.from_labels(side, spans="one") for side in labels]
+    ours = value_and_gradient(MultiLevelOTLoss(**options), student, teacher, *labels)
+    for a, b in zip(ours, value_and_gradient(tidied_paper_loss, student, teacher, *rows, **by_hand), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.isclose(ours[0], tidied_paper_loss(student, teacher, *rows))
+
+
+@pytest.mark.parametrize("scope", ["batch", "token"])
+def test_scopes_rank_what_they_say(scope):
+    student, teacher = logits_of(2, 4, 20, torch.float64), logits_of(2, 4, 25, torch.float64)
+    _, parts = multi_level_ot_loss(student, teacher, k=3, scope=scope, return_components=True)
+    kept = []
+    for p in (student.softmax(-1), teacher.softmax(-1)):
+        if scope == "batch":
+            kept.append(p[..., p.sum((0, 1)).argsort(descending=True)[:3]])
+        else:
+            kept.append(p.sort(descending=True).values[..., :3])
+    torch.testing.assert_close(parts["absolute_difference"], (kept[0] - kept[1]).abs().sum() / 2)
+
+
+def test_components_follow_the_denominator():
+    student, teacher = logits_of(2, 4, 20), logits_of(2, 4, 25)
+    loss, parts = multi_level_ot_loss(student, teacher, num_items_in_batch=8, return_components=True)
+    total = parts["absolute_difference"] + 0.1 * parts["logarithmic"] + 0.1 * parts["transport"]
+    torch.testing.assert_close(total, loss)
+
+
+def test_a_weight_of_0_takes_an_infinite_row_out():
+    student, teacher = logits_of(1, 3, 6), logits_of(1, 3, 6)
+    student[0, 1, 2:] = float("-inf")  # probability 0 where the teacher has some: an infinite logarithmic term
+    assert multi_level_ot_loss(student, teacher, k=6).isinf()
+    weight = torch.tensor([[1.0, 0.0, 1.0]])
+    assert multi_level_ot_loss(student, teacher, k=6, token_weight=weight).isfinite()
+
+
+def test_an_answer_cut_off_on_one_side_costs_nothing():
+    student, teacher = logits_of(2, 6, 20), logits_of(2, 6, 20)
+    s_labels, t_labels = labels_of(6, (1, 4), (0, 0)), labels_of(6, (1, 4), (2, 3))
+    value, gradient = value_and_gradient(multi_level_ot_loss, student, teacher, s_labels, t_labels)
+    torch.testing.assert_close(value, multi_level_ot_loss(student[:1], teacher[:1], s_labels[:1], t_labels[:1]))
+    assert gradient.isfinite().all()
+
+
+def test_teacher_padding_is_left_out():
+    student, teacher = logits_of(2, 5, 25), logits_of(2, 5, 30)
+    padded = torch.cat((teacher, torch.full((2, 5, 7), 9.0)), 2)
+    expected = multi_level_ot_loss(student, teacher)
+    torch.testing.assert_close(multi_level_ot_loss(student, padded, teacher_vocab_size=30), expected)
+    torch.testing.assert_close(MultiLevelOTLoss.paper(teacher_vocab_size=30)(student, padded), expected)
+
+
 def test_paper_by_hand():
     """Two tokens a side, three columns, k = 2: every number from the definition, with nothing shared."""
     teacher = torch.tensor([[[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]], dtype=torch.float64).log()
@@ -456,7 +524,21 @@ def test_bad_input_is_named(arguments, options, error, words):
         multi_level_ot_loss(*arguments, **options)
 
 
-def test_a_module_names_bad_options_at_once():
-    for options, words in (({"k": 0}, "k must be"), ({"reduction": "x"}, "reduction"), ({"matching": "x"}, "matching")):
-        with pytest.raises(ValueError, match=words):
-            MultiLevelOTLoss(**options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 0},
+        {"reduction": "x"},
+        {"matching": "x"},
+        {"epsilon": -1},
+        {"iterations": 0},
+        {"marginals": "x"},
+        {"shift": -3},
+        {"backend": "x"},
+        {"transport_temperature": 0},
+    ],
+    ids=str,
+)
+def test_a_module_names_bad_options_at_once(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MultiLevelOTLoss(**options)

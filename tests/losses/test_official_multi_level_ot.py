@@ -211,6 +211,16 @@ def test_bad_input_is_named(options, error, words):
         official_multi_level_ot_loss(S, S, L, L, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"revision": "x"}, {"teacher_temperature": 0}, {"reduction": "x"}, {"backend": "x"}, {"skip_student_eos": 5}],
+    ids=str,
+)
+def test_a_module_names_bad_options_at_once(options):
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        MultiLevelOTLoss.official(**options)
+
+
 def test_weights_are_refused():
     with pytest.raises(
         ValueError, match=r"token_weight: the published loss has no weights; use MultiLevelOTLoss.paper"
