@@ -57,7 +57,7 @@ class Settings:
     held_out: int = 24
     teacher_steps: int = 250
     student_steps: int = 5
-    steps: int = 80
+    steps: int = 50
     evaluations: int = 5
     learning_rate: float = 2e-3
     repeats: int = 7

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlot_kernels import Rows, pair
-from tests.contract import NoHostSync
+from tests.dispatch_modes import NoHostSync
 
 label_rows = st.integers(1, 9).flatmap(
     lambda T: st.lists(st.lists(st.sampled_from([-100, 0, 7]), min_size=T, max_size=T), min_size=1, max_size=3)

@@ -18,9 +18,8 @@ from mlot_kernels import checks
 from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses.common import check_backend, check_reduction, reduce, two_sides
 from mlot_kernels.ops.match_columns import match_columns
-from mlot_kernels.ops.pairwise_cost import pairwise_cost
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
-from mlot_kernels.ops.sinkhorn import sinkhorn
+from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.rows import Rows
 
 REVISIONS = ("712cfb4", "d8d298f", "77e32ae")
@@ -116,12 +115,13 @@ def official_multi_level_ot_loss(
     cross = -(s.softmax(-1) * t.log_softmax(-1)).sum(-1).masked_fill(position >= longest, 0)
     logarithmic = cross.sum(1) / longest.clamp(min=1)
 
-    cost = pairwise_cost((t / 2).softmax(-1), (s / 2).softmax(-1), metric="l1", backend=backend)
     lengths = longest.expand(B)
     transport = (
         0.001
-        * sinkhorn(
-            cost,
+        * transport_cost(
+            (t / 2).softmax(-1),
+            (s / 2).softmax(-1),
+            metric="l1",
             epsilon=0.1,
             iterations=10,
             marginals="unit",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bench.baselines.multi_level_ot import tidied_paper_loss
 from mlot_kernels import MultiLevelOTLoss, Rows, multi_level_ot_loss
 from mlot_kernels.losses.multi_level_ot import MATCHINGS
-from tests.contract import NoHostSync
+from tests.dispatch_modes import NoHostSync
 from tests.losses.examples import labels_of, logits_of
 
 

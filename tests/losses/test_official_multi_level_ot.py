@@ -5,7 +5,7 @@ from bench.baselines import multi_level_ot as baseline
 from bench.baselines.multi_level_ot import published_loss
 from mlot_kernels import MultiLevelOTLoss, Rows, official_multi_level_ot_loss
 from mlot_kernels.losses.official_multi_level_ot import REVISIONS
-from tests.contract import NoHostSync
+from tests.dispatch_modes import NoHostSync
 from tests.losses.examples import labels_of, logits_of
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mlot_kernels import SequenceTransportLoss, sequence_transport_loss
-from tests.contract import NoHostSync
+from tests.dispatch_modes import NoHostSync
 
 
 def test_is_the_transport_that_pot_finds():

@@ -3,7 +3,7 @@ import torch
 
 from bench.baselines.uld import published_uld_loss
 from mlot_kernels import Rows, ULDLoss, sorted_l1, uld_loss
-from tests.contract import NoHostSync
+from tests.dispatch_modes import NoHostSync
 from tests.losses.examples import labels_of, logits_of
 
 
