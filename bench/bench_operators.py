@@ -10,6 +10,10 @@ from mlot_kernels import (
     rank_truncate,
     row_entropy,
     sinkhorn,
+    sorted_l1,
+    token_log_probability,
+    topk_softmax,
+    transport_cost,
 )
 
 V = 50_257
