@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor, nn
 
 import mlot_kernels as mlot
 from examples import report
@@ -46,12 +47,29 @@ from examples.check import TOLERANCES, check
 from examples.corpus import build
 from examples.training import QUICK, Distillation, Entry, Settings
 
+
+class TokenTransport(nn.Module):
+    """``SequenceTransportLoss`` as a loss of logits: the features of a token are its 50 largest probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = mlot.SequenceTransportLoss(metric="l1")
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, student: mlot.Rows, teacher: mlot.Rows) -> Tensor:
+        features = (
+            mlot.topk_softmax(mlot.Logits(logits, rows), 50).log_probabilities.exp()  # [B, A, 50]
+            for logits, rows in ((student_logits, student), (teacher_logits, teacher))
+        )
+        return self.loss(*features, student.count, teacher.count)
+
+
 # A loss joins by a line. Its weight stands beside a cross-entropy that is a mean over tokens, while the paper's loss is
 # a sum over a sequence's rows; 1.5 is the published code's.
 LOSSES = [
     Entry("MultiLevelOT, paper", mlot.MultiLevelOTLoss.paper(), weight=0.03),
     Entry("MultiLevelOT, official", mlot.MultiLevelOTLoss.official(), weight=1.5),
     Entry("MultiLevelOT, greedy", mlot.MultiLevelOTLoss(matching="greedy"), weight=0.03),
+    Entry("SequenceTransport", TokenTransport(), weight=1.5),
     Entry("ULD", mlot.ULDLoss(), weight=1.5),
 ]
 
