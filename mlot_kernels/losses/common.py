@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.backends import BACKENDS
 from mlot_kernels.rows import Rows
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Loss(nn.Module):
+    """A loss function with its options, as a module."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LogitsLoss(Loss):
+    """A loss of two sides' logits."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        student_labels: Tensor | Rows | None = None,
+        teacher_labels: Tensor | Rows | None = None,
+        *,
+        num_items_in_batch: Tensor | float | None = None,
+        token_weight: Tensor | None = None,
+        return_components: bool = False,
+    ) -> Any:
+        """The loss, or ``(loss, components)``; arguments as the loss function has them."""
+        return self.function(
+            student_logits,
+            teacher_logits,
+            student_labels,
+            teacher_labels,
+            **self.options,
+            num_items_in_batch=num_items_in_batch,
+            token_weight=token_weight,
+            return_components=return_components,
+        )
 
 
 def two_sides(student_logits: Any, teacher_logits: Any, token_weight: Any = None) -> None:

@@ -6,11 +6,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits, Ranked
-from mlot_kernels.losses.common import at_rows, check_backend, check_reduction, reduce, two_sides, vocabulary, weighted
+from mlot_kernels.losses.common import (
+    LogitsLoss,
+    at_rows,
+    check_backend,
+    check_reduction,
+    reduce,
+    two_sides,
+    vocabulary,
+    weighted,
+)
 from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.rank_truncate.reference import SCOPES
@@ -219,7 +228,7 @@ def _at_slots(log_p: Tensor, slot: Tensor) -> Tensor:
     return log_p.gather(1, slot[..., None].expand(-1, -1, log_p.shape[2]))
 
 
-class MultiLevelOTLoss(nn.Module):
+class MultiLevelOTLoss(LogitsLoss):
     """The Multi-Level-OT loss; the options are those of ``multi_level_ot_loss``, and their defaults the paper's.
 
     ``MultiLevelOTLoss.paper()`` is the default by name; ``MultiLevelOTLoss.official()`` is what the published code
@@ -245,7 +254,6 @@ class MultiLevelOTLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         _check_options(
             k,
             scope,
@@ -261,23 +269,24 @@ class MultiLevelOTLoss(nn.Module):
         )
         check_reduction(reduction)
         check_backend(backend)
-        self.options: dict[str, Any] = {
-            "k": k,
-            "scope": scope,
-            "matching": matching,
-            "absolute_weight": absolute_weight,
-            "logarithmic_weight": logarithmic_weight,
-            "transport_weight": transport_weight,
-            "transport_temperature": transport_temperature,
-            "epsilon": epsilon,
-            "iterations": iterations,
-            "marginals": marginals,
-            "shift": shift,
-            "student_vocab_size": student_vocab_size,
-            "teacher_vocab_size": teacher_vocab_size,
-            "reduction": reduction,
-            "backend": backend,
-        }
+        super().__init__(
+            multi_level_ot_loss,
+            k=k,
+            scope=scope,
+            matching=matching,
+            absolute_weight=absolute_weight,
+            logarithmic_weight=logarithmic_weight,
+            transport_weight=transport_weight,
+            transport_temperature=transport_temperature,
+            epsilon=epsilon,
+            iterations=iterations,
+            marginals=marginals,
+            shift=shift,
+            student_vocab_size=student_vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+            reduction=reduction,
+            backend=backend,
+        )
 
     @classmethod
     def paper(
@@ -323,28 +332,3 @@ class MultiLevelOTLoss(nn.Module):
             teacher_temperature=teacher_temperature,
             **options,
         )
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_labels: Tensor | Rows | None = None,
-        teacher_labels: Tensor | Rows | None = None,
-        *,
-        num_items_in_batch: Tensor | float | None = None,
-        token_weight: Tensor | None = None,
-        return_components: bool = False,
-    ) -> Any:
-        return multi_level_ot_loss(
-            student_logits,
-            teacher_logits,
-            student_labels,
-            teacher_labels,
-            **self.options,
-            num_items_in_batch=num_items_in_batch,
-            token_weight=token_weight,
-            return_components=return_components,
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

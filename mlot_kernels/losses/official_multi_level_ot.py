@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits, Ranked
-from mlot_kernels.losses.common import check_backend, check_reduction, reduce, two_sides
+from mlot_kernels.losses.common import LogitsLoss, check_backend, check_reduction, reduce, two_sides
 from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.transport_cost import transport_cost
@@ -209,7 +209,7 @@ def _check_matching(matching: str, revision: str) -> None:
         )
 
 
-class OfficialMultiLevelOTLoss(nn.Module):
+class OfficialMultiLevelOTLoss(LogitsLoss):
     """The published code's loss as a module; the options are those of ``official_multi_level_ot_loss``.
 
     ``token_weight`` is refused: the published loss has none.
@@ -228,23 +228,23 @@ class OfficialMultiLevelOTLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         options = (revision, skip_student_eos, skip_teacher_eos, student_temperature, teacher_temperature, ignore_index)
         _check_options(*options)
         _check_matching(matching, revision)
         check_reduction(reduction)
         check_backend(backend)
-        self.options: dict[str, Any] = {
-            "revision": revision,
-            "matching": matching,
-            "skip_student_eos": skip_student_eos,
-            "skip_teacher_eos": skip_teacher_eos,
-            "student_temperature": student_temperature,
-            "teacher_temperature": teacher_temperature,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "backend": backend,
-        }
+        super().__init__(
+            official_multi_level_ot_loss,
+            revision=revision,
+            matching=matching,
+            skip_student_eos=skip_student_eos,
+            skip_teacher_eos=skip_teacher_eos,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -259,7 +259,7 @@ class OfficialMultiLevelOTLoss(nn.Module):
     ) -> Any:
         if token_weight is not None:
             raise ValueError("token_weight: the published loss has no weights; use MultiLevelOTLoss.paper()")
-        return official_multi_level_ot_loss(
+        return self.function(
             student_logits,
             teacher_logits,
             student_labels,
@@ -268,6 +268,3 @@ class OfficialMultiLevelOTLoss(nn.Module):
             num_items_in_batch=num_items_in_batch,
             return_components=return_components,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

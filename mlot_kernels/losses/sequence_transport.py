@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlot_kernels import checks
-from mlot_kernels.losses.common import check_backend, check_reduction, reduce
+from mlot_kernels.losses.common import Loss, check_backend, check_reduction, reduce
 from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.transport import DOMAINS, GRADIENTS, MARGINALS, METRICS, within
 
@@ -112,7 +112,7 @@ def _check_options(
         raise ValueError("gradient='envelope' is that of the regularised cost; pass regularized=True, too")
 
 
-class SequenceTransportLoss(nn.Module):
+class SequenceTransportLoss(Loss):
     """Transport between two sequences of features as a module; the options are those of ``sequence_transport_loss``."""
 
     def __init__(
@@ -129,22 +129,22 @@ class SequenceTransportLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         _check_options(metric, epsilon, iterations, marginals, tolerance, regularized, domain, gradient)
         check_reduction(reduction)
         check_backend(backend)
-        self.options: dict[str, Any] = {
-            "metric": metric,
-            "epsilon": epsilon,
-            "iterations": iterations,
-            "marginals": marginals,
-            "tolerance": tolerance,
-            "regularized": regularized,
-            "domain": domain,
-            "gradient": gradient,
-            "reduction": reduction,
-            "backend": backend,
-        }
+        super().__init__(
+            sequence_transport_loss,
+            metric=metric,
+            epsilon=epsilon,
+            iterations=iterations,
+            marginals=marginals,
+            tolerance=tolerance,
+            regularized=regularized,
+            domain=domain,
+            gradient=gradient,
+            reduction=reduction,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -157,7 +157,7 @@ class SequenceTransportLoss(nn.Module):
         token_weight: Tensor | None = None,
         return_components: bool = False,
     ) -> Any:
-        return sequence_transport_loss(
+        return self.function(
             x,
             y,
             x_lengths,
@@ -167,6 +167,3 @@ class SequenceTransportLoss(nn.Module):
             token_weight=token_weight,
             return_components=return_components,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

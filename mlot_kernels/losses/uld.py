@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits
-from mlot_kernels.losses.common import at_rows, check_backend, check_reduction, reduce, two_sides, vocabulary, weighted
+from mlot_kernels.losses.common import (
+    LogitsLoss,
+    at_rows,
+    check_backend,
+    check_reduction,
+    reduce,
+    two_sides,
+    vocabulary,
+    weighted,
+)
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.sorted_l1.reference import TAILS, TIES
 from mlot_kernels.rows import Rows, pair
@@ -113,7 +122,7 @@ def _check_options(
     checks.integer("shift", shift, 0)
 
 
-class ULDLoss(nn.Module):
+class ULDLoss(LogitsLoss):
     """The ULD loss as a module; the options are those of ``uld_loss``."""
 
     def __init__(
@@ -130,44 +139,19 @@ class ULDLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
         _check_options(student_temperature, teacher_temperature, ties, top_k, tail, shift)
         check_reduction(reduction)
         check_backend(backend)
-        self.options: dict[str, Any] = {
-            "student_temperature": student_temperature,
-            "teacher_temperature": teacher_temperature,
-            "ties": ties,
-            "top_k": top_k,
-            "tail": tail,
-            "shift": shift,
-            "student_vocab_size": student_vocab_size,
-            "teacher_vocab_size": teacher_vocab_size,
-            "reduction": reduction,
-            "backend": backend,
-        }
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_labels: Tensor | Rows | None = None,
-        teacher_labels: Tensor | Rows | None = None,
-        *,
-        num_items_in_batch: Tensor | float | None = None,
-        token_weight: Tensor | None = None,
-        return_components: bool = False,
-    ) -> Any:
-        return uld_loss(
-            student_logits,
-            teacher_logits,
-            student_labels,
-            teacher_labels,
-            **self.options,
-            num_items_in_batch=num_items_in_batch,
-            token_weight=token_weight,
-            return_components=return_components,
+        super().__init__(
+            uld_loss,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            ties=ties,
+            top_k=top_k,
+            tail=tail,
+            shift=shift,
+            student_vocab_size=student_vocab_size,
+            teacher_vocab_size=teacher_vocab_size,
+            reduction=reduction,
+            backend=backend,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -4,14 +4,7 @@ import torch
 from bench.baselines.uld import published_uld_loss
 from mlot_kernels import Rows, ULDLoss, sorted_l1, uld_loss
 from tests.dispatch_modes import NoHostSync
-from tests.losses.examples import labels_of, logits_of
-
-
-def value_and_gradient(loss, student, *arguments, **options):
-    leaf = student.detach().clone().requires_grad_()
-    value = loss(leaf, *arguments, **options)
-    value.sum().backward()
-    return value.detach(), leaf.grad
+from tests.losses.examples import labels_of, logits_of, value_and_gradient
 
 
 @pytest.mark.parametrize(("V_s", "V_t"), [(60, 60), (60, 45), (45, 60)])
