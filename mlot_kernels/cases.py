@@ -167,7 +167,7 @@ def sides_case(
         splits: a sequence's result is its own.
     """
     flat = sides[0].values.dim() == 2
-    index = [prepare(z).index for z in sides]
+    index = [prepare(z).side.row_index for z in sides]
     inputs = tuple(x for z in sides for x in (z.values, z.log_scale) if x is not None)
     starts = [sum(1 + (z.log_scale is not None) for z in sides[:i]) for i in range(len(sides))]
 

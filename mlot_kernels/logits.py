@@ -73,7 +73,7 @@ class Ranked(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of two sides' fields, in the order in which two-sided operators' schemas have them."""
+    """Checked ``Logits`` as the operators' schemas have them, one of one or two sides."""
 
     values: Tensor  # [B, T, V]
     row_index: Tensor  # [B, A]; not `index`, which every tuple has
@@ -86,29 +86,10 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Checked ``Logits`` as the operators' schemas take them."""
+    """Checked ``Logits``, and whether they came without a B dimension."""
 
-    values: Tensor  # [B, T, V]
-    index: Tensor  # [B, A]
-    column_mask: Tensor | None  # [V]
-    log_scale: Tensor | None  # [B, A]
-    temperature: float
-    standardize: bool
-    vocab_size: int
+    side: Side
     one_sequence: bool
-
-    @property
-    def side(self) -> Side:
-        """The fields as a two-sided operator's schema has them."""
-        return Side(
-            self.values,
-            self.index,
-            self.column_mask,
-            self.log_scale,
-            self.temperature,
-            self.standardize,
-            self.vocab_size,
-        )
 
     def restore(self, output: Tensor, dimension: int = 0) -> Tensor:
         """``output`` without its B dimension where the logits had none."""
@@ -167,7 +148,7 @@ def prepare(logits: Any, name: str = "logits") -> Prepared:
             f"{name}.log_scale": log_scale,
         }
     )
-    return Prepared(
+    side = Side(
         values,
         rows.index,
         logits.columns,
@@ -175,8 +156,8 @@ def prepare(logits: Any, name: str = "logits") -> Prepared:
         checks.number(f"{name}.temperature", logits.temperature, above=0),
         checks.boolean(f"{name}.standardize", logits.standardize),
         vocab_size,
-        one_sequence,
     )
+    return Prepared(side, one_sequence)
 
 
 # The definition, differentiable by autograd.

@@ -6,8 +6,7 @@ from mlot_kernels.logits import log_probabilities, prepare
 
 
 def log_p(values: torch.Tensor, **fields) -> torch.Tensor:
-    z = prepare(Logits(values, **fields))
-    return log_probabilities(z.values, z.index, z.column_mask, z.log_scale, z.temperature, z.standardize, z.vocab_size)
+    return log_probabilities(*prepare(Logits(values, **fields)).side)
 
 
 def test_temperature_and_standard_deviation_are_torchs():

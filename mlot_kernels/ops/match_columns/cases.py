@@ -27,7 +27,7 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
     def teacher(student: Logits, k: int) -> Tensor:
         """Log-probabilities of the student's rows at k columns of a larger vocabulary."""
-        B, A = prepare(student).index.shape
+        B, A = prepare(student).side.row_index.shape
         rows = (A,) if student.values.dim() == 2 else (B, A)
         x = randn(*rows, k + 9).to(accumulator(dtype))
         return x.log_softmax(-1).sort(dim=-1, descending=True).values[..., :k].contiguous()
@@ -48,7 +48,7 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 def _case(name: str, student: Logits, teacher: Tensor, smooth: bool, method: str) -> Case:
     """The teacher's log-probabilities stand as values of ``Logits`` whose rows are the student's, moved to the front:
     so a case splits into sequences and knows what counts."""
-    index = prepare(student).index  # [B, A]
+    index = prepare(student).side.row_index  # [B, A]
     ordinal = torch.arange(index.shape[1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
     rows = Rows(ordinal, (index >= 0).sum(1), ordinal.clamp(max=0), torch.ones_like(index[:, 0]), index.shape[1])
 

@@ -88,7 +88,9 @@ def _compared(teacher: Any, s: Prepared) -> Tensor:
     if s.one_sequence:
         log_t = log_t.unsqueeze(1)
     R, k = log_t.shape[0], log_t.shape[3]
-    checks.sized("teacher.log_probabilities", log_t, (R, *s.index.shape, k), f"{shape} with the student's rows")
-    checks.integer("k", k, 1, s.vocab_size, "the student's vocabulary")
-    checks.same_device(student=s.values, teacher=log_t)
+    checks.sized(
+        "teacher.log_probabilities", log_t, (R, *s.side.row_index.shape, k), f"{shape} with the student's rows"
+    )
+    checks.integer("k", k, 1, s.side.vocab_size, "the student's vocabulary")
+    checks.same_device(student=s.side.values, teacher=log_t)
     return log_t[0]

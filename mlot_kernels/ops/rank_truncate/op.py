@@ -155,7 +155,7 @@ def rank_truncate(
         BackendUnavailable: ``backend`` cannot run this call.
     """
     z = prepare(logits)
-    checks.integer("k", k, 1, z.vocab_size, "the vocabulary's size")
+    checks.integer("k", k, 1, z.side.vocab_size, "the vocabulary's size")
     checks.choice("scope", scope, reference.SCOPES)
     return _run(z, None, k, scope, also_at, backend)
 
@@ -183,9 +183,11 @@ def gather_columns(
     checks.tensor("columns", columns, "[k] or [A, k]" if z.one_sequence else "[B, k] or [B, A, k]", (torch.int64,))
     if z.one_sequence:
         columns = columns.unsqueeze(0)
-    checks.sized("columns", columns, (*z.index.shape[: columns.dim() - 1], columns.shape[-1]), "[B, k] or [B, A, k]")
+    checks.sized(
+        "columns", columns, (*z.side.row_index.shape[: columns.dim() - 1], columns.shape[-1]), "[B, k] or [B, A, k]"
+    )
     checks.integer("the number of columns", columns.shape[-1], 1)
-    checks.same_device(logits=z.values, columns=columns)
+    checks.same_device(logits=z.side.values, columns=columns)
     return _run(z, columns, columns.shape[-1], "token" if columns.dim() == 3 else "sequence", also_at, backend)
 
 
@@ -194,16 +196,13 @@ def _run(
 ) -> Ranked:
     if isinstance(also_at, (str, Tensor)) or not isinstance(also_at, Sequence):
         raise TypeError(f"also_at must be a sequence of temperatures, e.g. (2.0,), got {also_at!r}")
-    temperatures = [z.temperature, *(checks.number(f"also_at[{i}]", t, above=0) for i, t in enumerate(also_at))]
+    temperatures = [z.side.temperature, *(checks.number(f"also_at[{i}]", t, above=0) for i, t in enumerate(also_at))]
     log_probabilities, columns, kept_mass, *_ = _operator(
-        z.values,
-        z.index,
-        z.column_mask,
-        z.log_scale,
+        *z.side[:4],
         given,
         temperatures,
-        z.standardize,
-        z.vocab_size,
+        z.side.standardize,
+        z.side.vocab_size,
         k,
         scope,
         backend=backend,

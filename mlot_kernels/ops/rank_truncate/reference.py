@@ -91,21 +91,16 @@ def forward(
     x = counted_rows(values, index)[..., :vocab_size]  # [B, A, V]
     behind = index < 0
     peak, mean, scale, slope = row_statistics(x, standardize)
-    kept, log_totals, expecteds = [], [], []
-    columns, poison = torch.empty(0), torch.empty(0)
-    for r, temperature in enumerate(temperatures):
-        log_q, log_total, expected = normalise(x, peak, scale, temperature)
-        log_p = looked_at(log_q, index, None, log_scale)
-        if r == 0:
-            columns, poison = _columns(log_p, index, column_mask, given, k, scope)
-        at = at_columns(log_p, _of_each_row(columns, index), column_mask)
-        kept.append((at + poison).masked_fill(behind[..., None], 0))
-        log_totals.append(log_total)
-        expecteds.append(expected)
+    normalised = [normalise(x, peak, scale, temperature) for temperature in temperatures]
+    at = [looked_at(log_q, index, None, log_scale) for log_q, _, _ in normalised]
+    log_total, expected = (torch.stack(part) for part in list(zip(*normalised, strict=True))[1:])
+    columns, poison = _columns(at[0], index, column_mask, given, k, scope)
+    kept = torch.stack([at_columns(log_p, _of_each_row(columns, index), column_mask) for log_p in at]) + poison
+    kept = kept.masked_fill(behind[..., None], 0)
     kept_mass = kept[0].exp().sum(-1)
-    saved = (peak, torch.stack(log_totals), torch.stack(expecteds), mean, scale, slope)
+    saved = (peak, log_total, expected, mean, scale, slope)
     return (
-        torch.stack(kept),
+        kept,
         columns,
         *(output.masked_fill(behind, 0) for output in (kept_mass, *saved)),
     )

@@ -99,7 +99,5 @@ def row_entropy(logits: Tensor | Logits, *, backend: str | None = None) -> Tenso
         BackendUnavailable: ``backend`` cannot run this call.
     """
     z = prepare(logits)
-    entropy = _operator(
-        z.values, z.index, z.column_mask, z.log_scale, z.temperature, z.standardize, z.vocab_size, backend=backend
-    )[0]
+    entropy = _operator(*z.side, backend=backend)[0]
     return z.restore(entropy)

@@ -191,16 +191,16 @@ def sorted_l1(
         BackendUnavailable: ``backend`` cannot run this call.
     """
     s, t = prepare(student, "student"), prepare(teacher, "teacher")
-    if s.index.shape != t.index.shape:
+    if s.side.row_index.shape != t.side.row_index.shape:
         raise ValueError(
             "student and teacher must have rows of the same shape [B, A], got "
-            f"{tuple(s.index.shape)} and {tuple(t.index.shape)}; match them with mlot_kernels.pair"
+            f"{tuple(s.side.row_index.shape)} and {tuple(t.side.row_index.shape)}; match them with mlot_kernels.pair"
         )
-    checks.same_device(student=s.values, teacher=t.values)
+    checks.same_device(student=s.side.values, teacher=t.side.values)
     checks.choice("ties", ties, reference.TIES)
     checks.choice("tail", tail, reference.TAILS)
     if top_k is not None:
         checks.integer("top_k", top_k, 1)
-    most = max(s.vocab_size, t.vocab_size)
+    most = max(s.side.vocab_size, t.side.vocab_size)
     loss = _operator(*s.side, *t.side, ties, most if top_k is None else top_k, tail, backend=backend)[0]
     return s.restore(loss)

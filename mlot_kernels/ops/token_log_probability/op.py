@@ -114,17 +114,17 @@ def token_log_probability(logits: Tensor | Logits, tokens: Tensor, *, backend: s
     z = prepare(logits)
     shape = "[A]" if z.one_sequence else "[B, A]"
     checks.tensor("tokens", tokens, shape, (torch.int64,))
-    checks.sized("tokens", tokens, z.index.shape[1:] if z.one_sequence else z.index.shape, f"{shape} as the rows")
-    checks.same_device(logits=z.values, tokens=tokens)
+    checks.sized(
+        "tokens",
+        tokens,
+        z.side.row_index.shape[1:] if z.one_sequence else z.side.row_index.shape,
+        f"{shape} as the rows",
+    )
+    checks.same_device(logits=z.side.values, tokens=tokens)
     log_probability = _operator(
-        z.values,
-        z.index,
-        z.column_mask,
-        z.log_scale,
+        *z.side[:4],
         tokens.unsqueeze(0) if z.one_sequence else tokens,
-        z.temperature,
-        z.standardize,
-        z.vocab_size,
+        *z.side[4:],
         backend=backend,
     )[0]
     return z.restore(log_probability)

@@ -147,8 +147,6 @@ def topk_softmax(logits: Tensor | Logits, k: int, *, backend: str | None = None)
         BackendUnavailable: ``backend`` cannot run this call.
     """
     z = prepare(logits)
-    checks.integer("k", k, 1, z.vocab_size, "the vocabulary's size")
-    log_probabilities, columns, lse, *_ = _operator(
-        z.values, z.index, z.column_mask, z.log_scale, z.temperature, z.standardize, z.vocab_size, k, backend=backend
-    )
+    checks.integer("k", k, 1, z.side.vocab_size, "the vocabulary's size")
+    log_probabilities, columns, lse, *_ = _operator(*z.side, k, backend=backend)
     return TopK(z.restore(log_probabilities), z.restore(columns), z.restore(lse))
