@@ -2,7 +2,7 @@
 
 A backend is a name: ``reference`` (plain torch, any device), ``cpu`` (C++), ``triton`` and ``cuda`` (GPU). ``resolve``
 picks one before the operator is called, so that the operator itself sees the choice as an ordinary string argument and
-``torch.compile`` has nothing to guess.
+``torch.compile`` has nothing to guess. Unless it is named, a GPU kernel runs only where it was verified (``verified``).
 
 An implementation is a function of the operator's arguments; it may carry a function ``refuses`` of the same arguments
 that says in words why it cannot run them, or None (see ``refusing``).
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+
+from mlot_kernels import verified
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -43,16 +45,27 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found. Printed, it is a table of the backends with the one that would run marked."""
+    """What ``explain`` found. Printed, it is a table of the backends with the one that would run marked.
+
+    Attributes:
+        operator: its name.
+        chosen: the backend that would run; None where the named one cannot run the call.
+        refusals: for every backend why it cannot run this call; None where it can.
+        passed_over: for backends that can, but that run here only if they are named, why; empty where one was named.
+    """
 
     operator: str
-    chosen: str | None  # None where the named backend cannot run the call
-    refusals: Mapping[str, str | None]  # backend -> why it cannot run this call; None where it can
+    chosen: str | None
+    refusals: Mapping[str, str | None]
+    passed_over: Mapping[str, str]
 
     def __str__(self) -> str:
         lines = [f"mlot::{self.operator}"]
         for name, reason in self.refusals.items():
-            lines.append(f"  {'*' if name == self.chosen else ' '} {name:<10} {reason or 'can run this call'}")
+            said = reason or "can run this call"
+            if name in self.passed_over:
+                said += f"; not chosen: {self.passed_over[name]}"
+            lines.append(f"  {'*' if name == self.chosen else ' '} {name:<10} {said}")
         return "\n".join(lines)
 
 
@@ -105,13 +118,13 @@ def resolve(
     """Name the backend for a call of ``operator`` with ``arguments``.
 
     Strongest first: the ``backend`` argument, ``use_backend``, ``MLOT_BACKEND``, then the preference of the device of
-    the first tensor.
+    the first tensor, without the GPU kernels that are not verified on it.
 
     Raises:
         BackendUnavailable: a backend was named and cannot run this call.
         ValueError: there is no backend of that name.
     """
-    device = next(argument.device.type for argument in arguments if isinstance(argument, torch.Tensor))
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     named = None
     if backend is not None:
         named = _known(backend, "backend")
@@ -127,11 +140,16 @@ def resolve(
             usable = [name for name in implementations if not _refusal(name, implementations, arguments, device)]
             raise BackendUnavailable(f"{operator}: backend '{named}': {reason}; usable here: {', '.join(usable)}")
         return named
-    for name in PREFERENCE.get(device, ("reference",)):
-        if not _refusal(name, implementations, arguments, device):
-            if name == "reference" and device == "cuda":
-                _warn_of_reference(operator)
-            return name
+    passed_over = ""
+    for name in PREFERENCE.get(device.type, ("reference",)):
+        if _refusal(name, implementations, arguments, device):
+            continue
+        if reason := verified.reason(operator, name, device):
+            passed_over += f"backend '{name}' could run this call: {reason}. "
+            continue
+        if name == "reference" and device.type == "cuda":
+            _warn_of_reference(operator, passed_over or "no GPU backend can run this call. ")
+        return name
     raise BackendUnavailable(f"{operator}: no backend can run this call on {device}")
 
 
@@ -144,17 +162,22 @@ def _explanation(
     operator: str,
     implementations: Mapping[str, Callable[..., Any]],
     arguments: Sequence[Any],
-    device: str,
+    device: torch.device,
     named: str | None,
 ) -> Explanation:
     refusals = {name: _refusal(name, implementations, arguments, device) for name in BACKENDS}
-    candidates = (named,) if named is not None else PREFERENCE.get(device, ("reference",))
-    chosen = next((name for name in candidates if refusals[name] is None), None)
-    return Explanation(operator, chosen, refusals)
+    usable = [name for name in BACKENDS if refusals[name] is None]
+    if named is not None:
+        return Explanation(operator, named if named in usable else None, refusals, {})
+    reasons = {name: verified.reason(operator, name, device) for name in usable}
+    passed_over = {name: reason for name, reason in reasons.items() if reason is not None}
+    preferred = PREFERENCE.get(device.type, ("reference",))
+    chosen = next((name for name in preferred if name in usable and name not in passed_over), None)
+    return Explanation(operator, chosen, refusals, passed_over)
 
 
 def _refusal(
-    name: str, implementations: Mapping[str, Callable[..., Any]], arguments: Sequence[Any], device: str
+    name: str, implementations: Mapping[str, Callable[..., Any]], arguments: Sequence[Any], device: torch.device
 ) -> str | None:
     """Why ``name`` cannot run this call; None where it can."""
     if name not in implementations:
@@ -162,10 +185,10 @@ def _refusal(
     if name == "triton":
         if not _HAS_TRITON:
             return "triton is not installed; pip install 'mlot-kernels[triton]'"
-        if device != "cuda" and not _INTERPRETED:
-            return f"the tensors are on {device}, it needs cuda"
-    if name in ("cpu", "cuda") and device != name:
-        return f"the tensors are on {device}, it needs {name}"
+        if device.type != "cuda" and not _INTERPRETED:
+            return f"the tensors are on {device.type}, it needs cuda"
+    if name in ("cpu", "cuda") and device.type != name:
+        return f"the tensors are on {device.type}, it needs {name}"
     refuses = getattr(implementations[name], "refuses", None)
     return refuses(*arguments) if refuses is not None else None
 
@@ -176,12 +199,13 @@ def _known(name: str, what: str) -> str:
     return name
 
 
-def _warn_of_reference(operator: str) -> None:
+@verified.at_trace_time  # torch.compile cannot trace a warning
+def _warn_of_reference(operator: str, why: str) -> None:
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            f"mlot_kernels: {operator} runs on the plain torch reference, right but slow: no GPU backend can run "
-            "this call. mlot_kernels.explain(...) says why; backend='reference' runs it without this warning.",
+            f"mlot_kernels: {operator} runs on the plain torch reference, right but slow: {why}"
+            "mlot_kernels.explain(...) says more; backend='reference' runs it without this warning.",
             stacklevel=4,
         )

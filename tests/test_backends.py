@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlot_kernels
-from mlot_kernels import BackendUnavailable, backends, explain, row_entropy, use_backend
+from mlot_kernels import BackendUnavailable, backends, explain, row_entropy, use_backend, verified
 from mlot_kernels.registry import OPERATORS
 
 X = torch.randn(2, 7)
@@ -125,17 +125,91 @@ def test_a_device_that_is_not_the_backends_is_refused():
             backends.resolve("anything", everywhere, (X,), name)
 
 
-def test_the_reference_on_a_gpu_warns_once(monkeypatch):
+def ask(index):
+    """Answers as a GPU's driver would; torch.compile can trace neither."""
+    return f"sm_{os.getpid() // os.getpid()}"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A fake tensor on a GPU of an architecture that does not exist."""
     monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    monkeypatch.setattr(verified, "_ask", ask)
+    monkeypatch.setattr(verified, "_architectures", {})
     with FakeTensorMode(allow_non_fake_inputs=True):
-        on_gpu = torch.empty(2, device="cuda")
-        with pytest.warns(UserWarning, match="runs on the plain torch reference"):
-            assert backends.resolve("row_entropy", {"reference": len}, (on_gpu,)) == "reference"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            backends.resolve("row_entropy", {"reference": len}, (on_gpu,))
-            backends.resolve("row_entropy", {"reference": len}, (on_gpu,), "reference")
-        assert backends.resolve("anything", {"reference": len, "cuda": len}, (on_gpu,)) == "cuda"
+        yield torch.empty(1, 2, 7, device="cuda")
+
+
+def seen(monkeypatch, backend="triton", operator="row_entropy", **changes):
+    entry = {"passed": True, "faster_than_next": True, "next": "reference", **changes}
+    monkeypatch.setattr(verified, "ARCHITECTURES", {"sm_1": {operator: {backend: entry}}})
+
+
+def test_the_reference_on_a_gpu_warns_once(on_gpu):
+    with pytest.warns(UserWarning, match="runs on the plain torch reference.*no GPU backend can run this call"):
+        assert backends.resolve("row_entropy", {"reference": len}, (on_gpu,)) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.resolve("row_entropy", {"reference": len}, (on_gpu,))
+        backends.resolve("row_entropy", {"reference": len}, (on_gpu,), "reference")
+
+
+def test_a_kernel_runs_unnamed_only_where_it_is_verified(on_gpu, monkeypatch):
+    kernels = dict.fromkeys(("reference", "triton", "cuda"), len)
+    words = "backend 'cuda' could run this call: not yet verified on sm_1; set MLOT_BACKEND=cuda to use it. backend 't"
+    with pytest.warns(UserWarning, match=words):
+        assert backends.resolve("row_entropy", kernels, (on_gpu,)) == "reference"
+    assert backends.resolve("row_entropy", kernels, (on_gpu,), "cuda") == "cuda"
+    seen(monkeypatch)
+    assert backends.resolve("row_entropy", kernels, (on_gpu,)) == "triton"
+    assert backends.resolve("sinkhorn", kernels, (on_gpu,)) == "reference"
+    seen(monkeypatch, "cuda")
+    assert backends.resolve("row_entropy", kernels, (on_gpu,)) == "cuda"
+    seen(monkeypatch, faster_than_next=False)
+    assert backends.resolve("row_entropy", kernels, (on_gpu,)) == "reference"
+
+
+def test_a_kernel_that_cannot_run_the_call_is_not_blamed_on_verification(on_gpu):
+    kernels = {"reference": len, "triton": backends.refusing(lambda *_: None, lambda *_: "too narrow")}
+    with pytest.warns(UserWarning, match="no GPU backend can run this call"):
+        backends.resolve("row_entropy", kernels, (on_gpu,))
+
+
+def test_explain_tells_what_is_not_chosen_from_what_cannot_run(on_gpu, monkeypatch):
+    monkeypatch.setitem(OPERATORS["row_entropy"].forward, "triton", len)
+    said = explain(row_entropy, on_gpu)
+    assert said.chosen == "reference"
+    assert said.refusals["triton"] is None
+    assert said.passed_over == {"triton": "not yet verified on sm_1; set MLOT_BACKEND=triton to use it"}
+    assert "  triton     can run this call; not chosen: not yet verified on sm_1; set MLOT_BACKEND" in str(said)
+    assert "  cuda       not implemented for this operator" in str(said)
+    named = explain(row_entropy, on_gpu, backend="triton")
+    assert (named.chosen, named.passed_over) == ("triton", {})
+    seen(monkeypatch)
+    said = explain(row_entropy, on_gpu)
+    assert (said.chosen, said.passed_over) == ("triton", {})
+
+
+@pytest.mark.parametrize("verified_there", [False, True])
+def test_the_choice_on_a_gpu_is_traced(on_gpu, monkeypatch, verified_there):
+    monkeypatch.setitem(OPERATORS["row_entropy"].forward, "triton", len)
+    if verified_there:
+        seen(monkeypatch)
+    chosen = []
+
+    def compiler(graph, inputs):
+        chosen.extend(node.args[-1] for node in graph.graph.nodes if "row_entropy" in str(node.target))
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: row_entropy(x), fullgraph=True, backend=compiler)
+    if verified_there:
+        compiled(on_gpu)
+    else:
+        with pytest.warns(UserWarning, match="not yet verified on sm_1"):
+            compiled(on_gpu)
+    assert chosen == ["triton" if verified_there else "reference"]
 
 
 def test_raw_ops_name_a_missing_backend():
