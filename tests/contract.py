@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,96 +15,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mlot_kernels import parity
 from mlot_kernels.cases import Case
 from mlot_kernels.registry import Operator
 from tests.dispatch_modes import Allocations, NoHostSync
 
-DOUBLE_TOLERANCE = 1e-10
-NEAR_TIE = 1e-5
-
-
-def cases_of(operator: Operator, dtype: torch.dtype, device: str) -> list[Case]:
-    return importlib.import_module(f"mlot_kernels.ops.{operator.name}.cases").cases(dtype, device)
-
-
-def run(case: Case, backend: str | None, inputs: tuple[Tensor, ...] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients of a case for fixed upstream gradients."""
-    return _differentiate(lambda x: case.call(x, backend), case.inputs if inputs is None else inputs)
-
-
-def _differentiate(
-    function: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
-) -> tuple[list[Tensor], list[Tensor]]:
-    leaves = tuple(x.detach().requires_grad_() for x in inputs)
-    outputs = function(leaves)
-    return [y.detach() for y in outputs], _gradients(outputs, leaves, _upstream(outputs))
-
-
-def _gradients(
-    outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], upstream: list[Tensor], **options: Any
-) -> list[Tensor]:
-    """None at all where all outputs are indices; other outputs must have one for each leaf, else this raises."""
-    if not any(y.is_floating_point() for y in outputs):
-        return []
-    return list(torch.autograd.grad(outputs, leaves, upstream, **options))
-
-
-def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients in -1..2, the same for every implementation, precision and device."""
-    generator = torch.Generator().manual_seed(3)
-    draw = (torch.rand(y.shape, generator=generator, dtype=torch.float64) * 3 - 1 for y in outputs)
-    return [w.to(y) if y.is_floating_point() else w.to(y.device) for w, y in zip(draw, outputs, strict=True)]
-
-
-def fidelity(case: Case, backend: str) -> None:
-    """No row's error exceeds twice that of the definition in the same precision, but for rounding of the output.
-
-    Indices are as good as the best ones in float64, up to near-ties.
-    """
-    outputs, gradients = run(case, backend)
-    true_outputs, true_gradients = _differentiate(case.definition, tuple(x.double() for x in case.inputs))
-    plain_outputs, plain_gradients = _differentiate(case.definition, case.inputs)
-    if case.excess is not None:
-        for ours, plain in zip(outputs, plain_outputs, strict=True):
-            assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
-        for choices in (true_outputs, outputs):
-            worse = case.excess(tuple(x.double() for x in case.inputs), tuple(choices))
-            assert (worse <= NEAR_TIE).all(), f"a choice is {worse.max():.3g} worse than the best"
-        return
-    scales: list[Any] = [0.0] * len(outputs) + list(case.gradient_scale(case.inputs))
-    rows = [*case.output_rows, *case.input_rows]
-    for i, (ours, plain, truth) in enumerate(
-        zip(outputs + gradients, plain_outputs + plain_gradients, true_outputs + true_gradients, strict=True)
-    ):
-        what = f"output {i}" if i < len(outputs) else f"gradient {i - len(outputs)}"
-        assert ours.dtype == plain.dtype, what
-        assert ours.shape == truth.shape, what
-        if ours.numel() == 0:
-            continue
-        largest = _per_row(truth.masked_fill(~truth.isfinite(), 0).abs(), rows[i])
-        error, plain_error = (_per_row(_difference(x.double(), truth), rows[i]) for x in (ours, plain))
-        accumulator = torch.promote_types(ours.dtype, torch.float32)
-        bound = 4 * case.condition * torch.finfo(accumulator).eps * largest
-        if case.inputs[0].dtype == torch.float64:
-            bound = bound + DOUBLE_TOLERANCE * max(1.0, case.condition) * largest + 1e-14 * scales[i]
-        else:
-            bound = bound + 2 * plain_error + torch.finfo(ours.dtype).eps * largest
-            bound = bound + 1e-6 * (1.0 if i < len(outputs) else 2 * scales[i])  # upstream gradients reach 2
-        assert (error <= bound).all(), (
-            f"{what}: error {error.max():.3g}, plain torch's {plain_error.max():.3g}, "
-            f"{(error - bound).max():.3g} too much"
-        )
-
-
-def _difference(x: Tensor, truth: Tensor) -> Tensor:
-    """|x - truth|; 0 where both are the same infinity or NaN, inf where only one is finite."""
-    same = (x == truth) | (x.isnan() & truth.isnan())
-    return torch.where(same, 0, (x - truth).abs().nan_to_num(nan=float("inf")))
-
-
-def _per_row(x: Tensor, rows: int) -> Tensor:
-    """The largest element of each row."""
-    return x if x.dim() <= rows else x.flatten(rows).amax(-1)
+# Two promises that `python -m mlot_kernels selftest` checks, too, and what they stand on.
+cases_of = parity.cases_of
+run = parity.run
+fidelity = parity.fidelity
+gradcheck = parity.gradcheck
 
 
 def determinism(case: Case, backend: str) -> None:
@@ -126,13 +45,13 @@ def independence(case: Case, backend: str) -> None:
     """A sequence alone gives what it gives in its batch: to the bit (reference: to rounding)."""
     assert case.sequence is not None
     outputs, gradients = run(case, backend)
-    upstream = _upstream(tuple(outputs))
+    upstream = parity.upstream_of(tuple(outputs))
     for b in range(case.inputs[0].shape[0]):
         alone = case.sequence(b)
         leaves = tuple(x.detach().requires_grad_() for x in alone.inputs)
         single = alone.call(leaves, backend)
         weights = [w.narrow(d, b, 1) for w, d in zip(upstream, case.batch_dimensions, strict=True)]
-        single_gradients = _gradients(single, leaves, weights)
+        single_gradients = parity.gradients_of(single, leaves, weights)
         expected = [y.narrow(d, b, 1) for y, d in zip(outputs, case.batch_dimensions, strict=True)]
         _same(
             (list(single), single_gradients),
@@ -174,17 +93,6 @@ def nan_shows(case: Case, backend: str) -> None:
     _same((bad_others, [g[rest] for g in bad_gradients]), (others, [g[rest] for g in gradients]), exact=True)
 
 
-def gradcheck(case: Case, backend: str) -> None:
-    """Finite differences in float64; columns at -inf have no derivative and are left out."""
-
-    def finite(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(y.masked_fill(~y.isfinite(), 0) for y in case.call(inputs, backend))
-
-    leaves = tuple(x.detach().requires_grad_() for x in case.inputs)
-    # The fast mode compares one projection of the Jacobian and scales atol by its length: hence a small one.
-    torch.autograd.gradcheck(finite, leaves, fast_mode=True, atol=1e-8, rtol=1e-4)
-
-
 def memory(operator: Operator, case: Case, backend: str) -> None:
     """Beside its outputs and gradients a call holds no more than ``case.memory`` floats at any time."""
     assert case.memory is not None
@@ -204,9 +112,11 @@ def no_host_sync(operator: Operator, case: Case, backend: str) -> None:
     with NoHostSync():  # what the public function does around it
         run(case, backend)
     if case.inputs[0].device.type == "cuda":
+        leaves = tuple(x.detach().requires_grad_() for x in case.inputs)
+        upstream = parity.upstream_of(case.call(leaves, backend))  # drawn on the CPU
         torch.cuda.synchronize()
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            run(case, backend)
+            parity.gradients_of(case.call(leaves, backend), leaves, upstream)
 
 
 def opcheck(operator: Operator, case: Case, backend: str) -> None:
@@ -244,7 +154,7 @@ def composes(case: Case, backend: str) -> None:
     Indices pass through them as constants.
     """
     outputs, gradients = run(case, backend)
-    upstream = _upstream(tuple(outputs))
+    upstream = parity.upstream_of(tuple(outputs))
 
     def total(*inputs: Tensor) -> Tensor:
         value = sum(
@@ -272,7 +182,7 @@ def composes(case: Case, backend: str) -> None:
 
     live = case.call(leaves, backend)
     for _ in range(2):
-        again = _gradients(live, leaves, upstream, retain_graph=True)
+        again = parity.gradients_of(live, leaves, upstream, retain_graph=True)
         _same(([], again), ([], gradients), exact=True)
 
 
@@ -280,7 +190,7 @@ def second_derivative_raises(case: Case, backend: str) -> None:
     """A gradient that was made with ``create_graph`` is no constant: differentiating it raises."""
     leaves = tuple(x.detach().requires_grad_() for x in case.inputs)
     outputs = case.call(leaves, backend)
-    gradients = torch.autograd.grad(outputs, leaves, _upstream(outputs), create_graph=True)
+    gradients = torch.autograd.grad(outputs, leaves, parity.upstream_of(outputs), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(sum((g**2).sum() for g in gradients), leaves)
 
@@ -294,11 +204,11 @@ def compiles(cases: list[Case], backend: str, compiler: str) -> None:
             compiled = torch.compile(
                 lambda inputs, case=case: case.call(inputs, backend), fullgraph=True, dynamic=True, backend=counter
             )
-            _same(_differentiate(compiled, case.inputs), run(case, backend), exact=True)
+            _same(parity.differentiate(compiled, case.inputs), run(case, backend), exact=True)
             if case is cases[0]:  # an unadorned case, whose call takes inputs of any width
                 frames = counter.frame_count
                 narrow = tuple(x[..., :-2].contiguous() for x in case.inputs)
-                _same(_differentiate(compiled, narrow), run(case, backend, narrow), exact=True)
+                _same(parity.differentiate(compiled, narrow), run(case, backend, narrow), exact=True)
                 assert counter.frame_count == frames, "another width is compiled anew"
 
 
