@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
-import hypothesis
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = os.environ.get("MLOT_TEST_FULL") == "1"
-
-hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("full", max_examples=300, deadline=None)
-hypothesis.settings.load_profile("full" if FULL else "quick")
+HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +22,17 @@ def poison_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """Where SciPy is not installed, what needs it for ``method="optimal"`` is skipped, and says so."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if HAS_SCIPY or "needs SciPy" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from examples.distill import LOSSES
+for package in ("matplotlib", "rich", "tokenizers"):
+    pytest.importorskip(package, reason="the demo needs its extra: pip install 'mlot-kernels[demo]'")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,8 @@ def test_the_loss_is_checked_on_real_logits(demo):
 
 
 def test_every_loss_falls_on_held_out_text(demo):
+    from examples.distill import LOSSES
+
     _, _, results = demo
     alone, *runs = results["runs"]
     assert alone["weight"] is None

@@ -2,11 +2,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlot_kernels import Rows, pair
 from tests.dispatch_modes import NoHostSync
+from tests.properties import given, st
 
 label_rows = st.integers(1, 9).flatmap(
     lambda T: st.lists(st.lists(st.sampled_from([-100, 0, 7]), min_size=T, max_size=T), min_size=1, max_size=3)

@@ -3,14 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bench.baselines.multi_level_ot import tidied_paper_loss
 from mlot_kernels import MultiLevelOTLoss, Rows, multi_level_ot_loss
 from mlot_kernels.losses.multi_level_ot import MATCHINGS
 from tests.dispatch_modes import NoHostSync
 from tests.losses.examples import labels_of, logits_of, value_and_gradient
+from tests.properties import given, st
 
 
 @pytest.mark.parametrize(("V_s", "V_t"), [(80, 65), (65, 80), (30, 65), (80, 20)])

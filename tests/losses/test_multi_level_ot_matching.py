@@ -1,11 +1,10 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlot_kernels import multi_level_ot_loss
 from mlot_kernels.losses.multi_level_ot import MATCHINGS
 from tests.losses.examples import labels_of, logits_of, value_and_gradient
+from tests.properties import given, st
 
 
 def matched_by_a_loop(student, teacher, k, paired_student, paired_teacher):

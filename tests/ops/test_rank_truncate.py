@@ -1,9 +1,8 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlot_kernels import Logits, Rows, gather_columns, rank_truncate
+from tests.properties import given, st
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(2, 12))
 
