@@ -1,47 +1,38 @@
-"""The whole Multi-Level-OT loss, forward and backward, beside the paper's loss by hand and the published one."""
+"""The Multi-Level-OT loss of the paper, and what its authors published, which is another loss."""
 
-from __future__ import annotations
-
-import pytest
-import torch
-
-from bench.baselines.multi_level_ot import published_loss, tidied_paper_loss
-from mlot_kernels import Rows, multi_level_ot_loss, official_multi_level_ot_loss
-
-B, T, V_S, V_T = 2, 48, 50_257, 32_000  # GPT-2's vocabulary and Llama 2's
+from bench.baselines.multi_level_ot import dense_paper_loss, published_loss
+from bench.losses import batch, traffic
+from bench.suite import TWO_SIDES, TWO_SIDES_GPU, Peer, Suite
+from mlot_kernels import multi_level_ot_loss, official_multi_level_ot_loss
 
 
-def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (
-        (3 * torch.randn(B, T, V, generator=generator)).to(dtype).requires_grad_(V == V_S) for V in (V_S, V_T)
-    )
-    labels = torch.ones(B, T, dtype=torch.int64)
-    labels[:, :8] = -100
-    return student, teacher, labels
+def eager(student, teacher, student_labels, teacher_labels):
+    return (dense_paper_loss(student[:, :-1], teacher[:, :-1]),)
 
 
-LOSSES = {
-    "paper, ours": multi_level_ot_loss,
-    # eager torch has no 16-bit cdist on every device: by hand one takes the logits to float32 first
-    "paper, by hand": lambda s, t, a, b: tidied_paper_loss(
-        s.float(), t.float(), Rows.from_labels(a), Rows.from_labels(b)
-    ),
-    "official, ours": official_multi_level_ot_loss,
-    "official, published": lambda s, t, a, b: published_loss(s.float(), t.float(), a, b),
-}
+def published(student, teacher, *labels):
+    return (published_loss(student.float(), teacher.float(), *labels),)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_multi_level_ot(benchmark, name, dtype):
-    student, teacher, labels = _inputs(dtype)
-    benchmark.group = f"Multi-Level-OT, forward and backward, {dtype}"
+SUITE = Suite(
+    "multi_level_ot",
+    operators=("rank_truncate", "transport_cost"),
+    inputs=batch,
+    leaves=(0,),
+    ours=lambda *inputs, backend: (multi_level_ot_loss(*inputs, backend=backend),),
+    peers={
+        "eager": Peer(eager),
+        "torch.compile": Peer(eager, compiled=True),
+        "published": Peer(
+            published, truth=lambda *inputs: (official_multi_level_ot_loss(*inputs, backend="reference"),), waits=True
+        ),
+    },
+    traffic=traffic,
+    logits=2,
+    sizes=TWO_SIDES,
+    gpu_sizes=TWO_SIDES_GPU,
+)
 
-    def run() -> torch.Tensor:
-        student.grad = None  # the gradient is fresh memory each time, as in training
-        LOSSES[name](student, teacher, labels, labels).backward()
-        return student.grad
 
-    gradient = benchmark.pedantic(run, rounds=5, warmup_rounds=1)
-    assert gradient.isfinite().all()
+def test_multi_level_ot(take, measurement):
+    take(measurement)

@@ -1,6 +1,7 @@
-"""What a case is: one call of an operator, as the contract tests and the benchmarks make it.
+"""What a case is: one call of an operator, as the contract tests make it. And inputs of a real size for the benchmarks.
 
-Each operator's ``cases.py`` has ``cases(dtype, device) -> list[Case]``, edge cases first.
+Each operator's ``cases.py`` has ``cases(dtype, device) -> list[Case]``, edge cases first, and
+``large(dtype, device, seed, **sizes)``, the tensors of one call of a real size.
 """
 
 from __future__ import annotations
@@ -109,6 +110,46 @@ def logits_examples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Logi
     masked = randn(2, 3, 20).masked_fill(~behind, float("-inf"))
     yield "-inf columns, standardized", Logits(masked, standardize=True), False
     yield "mostly -inf, standardized", Logits(masked[..., 13:].contiguous(), standardize=True), False
+
+
+def large_logits(
+    dtype: torch.dtype, device: str, seed: int, sequences: int, rows: int, vocabulary: int, context: int = 64
+) -> Tensor:
+    """Logits ``[sequences, rows, vocabulary]`` with what makes a language model's hard: frequent tokens lead in every
+    row, rows differ in few directions, some tokens stand out, and the mean is not 0. Standard deviation about 2.2.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        return draw(*shape, generator=generator, device=device)
+
+    order = torch.randperm(vocabulary, generator=generator, device=device)
+    frequency = 5 - torch.log1p(order.to(torch.float32))  # Zipf's law
+    weight = random(torch.randn, context, vocabulary) * (2 / context**0.5)
+    tokens = torch.randint(vocabulary, (sequences, rows, 24), generator=generator, device=device)
+    height = 10 * random(torch.rand, sequences, rows, 24)
+    values = torch.empty(sequences, rows, vocabulary, dtype=dtype, device=device)
+    for b in range(sequences):  # one at a time: the float32 form of all of them may not fit
+        wide = torch.addmm(frequency, random(torch.randn, rows, context), weight)
+        values[b] = wide.scatter_add_(1, tokens[b], height[b])
+    return values
+
+
+def large_pair(
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    *,
+    sequences: int,
+    rows: int,
+    student_vocabulary: int,
+    teacher_vocabulary: int,
+) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's logits, ``[sequences, rows, vocabulary]``."""
+    return (
+        large_logits(dtype, device, 2 * seed, sequences, rows, student_vocabulary),
+        large_logits(dtype, device, 2 * seed + 1, sequences, rows, teacher_vocabulary),
+    )
 
 
 def _narrowed(rows: Rows, width: int) -> Rows:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlot_kernels.cases import Case, Outputs, logits_examples, sides_case
+from mlot_kernels.cases import Case, Outputs, large_logits, logits_examples, sides_case
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, Ranked, Side, prepare
 from mlot_kernels.ops.match_columns import match_columns, reference
@@ -17,6 +17,17 @@ from mlot_kernels.rows import Rows
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
+
+
+def large(
+    dtype: torch.dtype, device: str, seed: int = 0, *, sequences: int, rows: int, vocabulary: int, k: int
+) -> tuple[Tensor, ...]:
+    """Inputs of a real size: the student's logits ``[sequences, rows, vocabulary]``, and a teacher's log-probabilities
+    ``[sequences, rows, k]`` at its k columns, of a vocabulary as large as the student's."""
+    student = large_logits(dtype, device, 2 * seed, sequences, rows, vocabulary)
+    teacher = large_logits(accumulator(dtype), device, 2 * seed + 1, sequences, rows, vocabulary).log_softmax(-1)
+    columns = teacher.exp().sum(1, keepdim=True).topk(k).indices  # [B, 1, k]
+    return student, teacher.gather(2, columns.expand(-1, rows, -1))
 
 
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:

@@ -7,13 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mlot_kernels.cases import Case, Outputs, logits_case, logits_examples
+from mlot_kernels.cases import Case, Outputs, large_logits, logits_case, logits_examples
 from mlot_kernels.logits import Logits
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate, reference
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
+
+
+def large(
+    dtype: torch.dtype, device: str, seed: int = 0, *, sequences: int, rows: int, vocabulary: int
+) -> tuple[Tensor, ...]:
+    """Inputs of a real size: logits ``[sequences, rows, vocabulary]``."""
+    return (large_logits(dtype, device, seed, sequences, rows, vocabulary),)
 
 
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:

@@ -17,6 +17,17 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]
     return list(_cases(dtype, device))
 
 
+def large(
+    dtype: torch.dtype, device: str, seed: int = 0, *, problems: int, student_rows: int, teacher_rows: int
+) -> tuple[Tensor, ...]:
+    """Inputs of a real size: costs ``[problems, teacher_rows, student_rows]``, L1 distances of 50 probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    t, s = (
+        (2 * torch.randn(problems, rows, 50, generator=generator)).softmax(-1) for rows in (teacher_rows, student_rows)
+    )
+    return (torch.cdist(t, s, p=1).to(dtype).to(device),)
+
+
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlot_kernels.cases import Case, Outputs, logits_examples, sides_case
+from mlot_kernels.cases import Case, Outputs, large_pair, logits_examples, sides_case
 from mlot_kernels.logits import Logits, Side
 from mlot_kernels.ops.sorted_l1 import reference, sorted_l1
+
+large = large_pair
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:

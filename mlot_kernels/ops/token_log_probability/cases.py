@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlot_kernels.cases import Case, Outputs, logits_case, logits_examples, sequence_of
+from mlot_kernels.cases import Case, Outputs, large_logits, logits_case, logits_examples, sequence_of
 from mlot_kernels.logits import Logits
 from mlot_kernels.ops.token_log_probability import reference, token_log_probability
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
+
+
+def large(
+    dtype: torch.dtype, device: str, seed: int = 0, *, sequences: int, rows: int, vocabulary: int
+) -> tuple[Tensor, ...]:
+    """Inputs of a real size: logits ``[sequences, rows, vocabulary]``, and a token for each row."""
+    tokens = torch.randint(vocabulary, (sequences, rows), generator=torch.Generator().manual_seed(seed))
+    return large_logits(dtype, device, seed, sequences, rows, vocabulary), tokens.to(device)
 
 
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
