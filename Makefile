@@ -9,7 +9,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full lint bench bench-full gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
@@ -25,8 +25,18 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench
+
+bench-full: $(VENV)/.bench
+	$(BIN)/python -m bench --suite full
+
+# Everything that needs a GPU, on a machine that has torch, triton and pytest already: no network, no environment of its own.
+OUT        ?= bench/results/gpu-check
+GPU_PYTHON ?= python3
+
+gpu-check:
+	$(GPU_PYTHON) -m bench.gpu_check --out $(OUT)
 
 # torch comes first and pinned: whatever depends on it must find it, or pip brings the newest one with gigabytes of CUDA.
 $(VENV)/.torch:
@@ -36,6 +46,10 @@ $(VENV)/.torch:
 
 $(STAMP): $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[bench]"
 	touch $@
 
 clean:
