@@ -54,7 +54,8 @@ def collect() -> dict[str, Any]:
         ``package``: ``version``, ``location``, ``build`` (what its native libraries were built from and for:
         ``commit``, ``cuda``, ``architectures``).
         ``software``: ``torch``, ``cuda`` and ``rocm`` (those that torch was built for), ``driver``, ``nvcc``,
-        ``triton``, ``cpu_capability`` (the instruction set that torch uses), ``threads`` (those of torch).
+        ``triton``, ``cpu_capability`` (the instruction set that torch uses), ``threads`` (those of torch),
+        ``platform`` (the system's kernel and C library).
         ``gpus``: each as in ``machine``.
         ``environment``: those of ``VARIABLES`` that are set.
         ``operators``: device -> operator -> ``chosen``, ``refusals`` and ``passed_over``, as ``explain`` has them for
@@ -84,6 +85,7 @@ def collect() -> dict[str, Any]:
             "triton": _attempt(missing, "triton", _triton),
             "cpu_capability": _attempt(missing, "cpu_capability", torch.backends.cpu.get_cpu_capability),
             "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
         },
         "gpus": gpus,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -123,7 +125,7 @@ def _sections(found: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]
     kind = {what: machine[f"cpu_{what}"] for what in ("vendor", "family", "model")}
     facts = [
         ("name", machine["name"]),
-        ("system", machine["system"]),
+        ("system", f"{machine['system']}, {software['platform']}"),
         ("cpu", ", ".join([machine["cpu"], *(f"{what} {value}" for what, value in kind.items() if value is not None)])),
         ("cores", f"{machine['cores']}, of which torch uses {software['threads']}"),
         ("instruction sets", said("instruction_sets", " ".join(machine["instruction_sets"]) or None)),
@@ -206,7 +208,7 @@ def _machine(missing: Missing, gpu: dict[str, Any] | None) -> dict[str, Any]:
         "last_level_cache": _attempt(missing, "last_level_cache", _last_level_cache),
         "memory": _attempt(missing, "memory", lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
         "gpu": gpu,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
 
