@@ -125,7 +125,7 @@ def _sections(found: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]
     kind = {what: machine[f"cpu_{what}"] for what in ("vendor", "family", "model")}
     facts = [
         ("name", machine["name"]),
-        ("system", f"{machine['system']}, {software['platform']}"),
+        ("system", software["platform"]),
         ("cpu", ", ".join([machine["cpu"], *(f"{what} {value}" for what, value in kind.items() if value is not None)])),
         ("cores", f"{machine['cores']}, of which torch uses {software['threads']}"),
         ("instruction sets", said("instruction_sets", " ".join(machine["instruction_sets"]) or None)),
