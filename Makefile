@@ -15,10 +15,10 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-full: $(STAMP)
-	MLOT_TEST_FULL=1 $(BIN)/python -m pytest
+	MLOT_TEST_FULL=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

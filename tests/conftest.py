@@ -13,6 +13,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = os.environ.get("MLOT_TEST_FULL") == "1"
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would only wait for one another
+    torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def poison_and_seed() -> Iterator[None]:
