@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from mlot_kernels.registry import OPERATORS
 Outputs = tuple[Tensor, ...]
 Size = Mapping[str, int]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIRECTIONS = ("forward", "backward", "both")
 PAIRS = ((50_304, 32_000), (50_257, 32_001), (128_256, 151_936), (262_144, 151_936))
 """Vocabularies of student and teacher: Pythia and Llama 2, GPT-2 and a Llama 2 with one token more, Llama 3 and Qwen,
@@ -109,6 +111,10 @@ class Measurement:
         return self.contender not in self.suite.peers
 
     @property
+    def compiled(self) -> bool:
+        return not self.ours and self.suite.peers[self.contender].compiled
+
+    @property
     def waits(self) -> bool:
         return not self.ours and self.suite.peers[self.contender].waits
 
@@ -131,7 +137,8 @@ def plan(suite: Suite, kind: str, device: str, cores: int) -> Iterator[Measureme
     """What to measure, contenders innermost, so that they meet the machine in the same mood.
 
     ``"quick"`` measures the first size in float32 in all directions, and both directions together in bfloat16 and on
-    one thread; the other sizes in float32, both directions together; compiled peers at the first size on two threads.
+    one thread; the other sizes in float32, both directions together. What takes long is measured less: compiled peers
+    at the first size on two threads, the reference, which is not made to be fast, in both directions together on two.
     ``"full"`` measures everything.
     """
     sizes = (suite.gpu_sizes if device == "cuda" else suite.sizes)[kind]
@@ -139,17 +146,20 @@ def plan(suite: Suite, kind: str, device: str, cores: int) -> Iterator[Measureme
     directions = DIRECTIONS if suite.leaves else ("forward",)
     peers = (name for name, peer in suite.peers.items() if kind == "full" or not peer.only_full)
     contenders = (*suite.backends, *peers)
-    for i, size in enumerate(sizes):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for direction in directions:
-                for n in threads:
-                    unusual = (dtype != torch.float32) + (direction != directions[-1]) + (n != threads[-1])
-                    if kind == "full" or unusual == 0 or (i == 0 and unusual == 1 and dtype != torch.float16):
-                        for contender in contenders:
-                            peer = suite.peers.get(contender)
-                            if kind == "quick" and peer is not None and peer.compiled and (i > 0 or n != threads[-1]):
-                                continue
-                            yield Measurement(suite, contender, tuple(size.items()), dtype, direction, device, n)
+    for size, dtype, direction, n, contender in itertools.product(sizes, DTYPES, directions, threads, contenders):
+        measurement = Measurement(suite, contender, tuple(size.items()), dtype, direction, device, n)
+        rare = (direction != directions[-1]) + (n != threads[-1])
+        if kind == "full" or _in_quick(measurement, size is sizes[0], rare):
+            yield measurement
+
+
+def _in_quick(measurement: Measurement, first_size: bool, rare: int) -> bool:
+    """``rare`` counts what is not as users call it: one direction alone, fewer threads."""
+    if measurement.dtype == torch.float16 or rare + (measurement.dtype == torch.bfloat16) > first_size:
+        return False
+    if measurement.contender == "reference":
+        return rare == 0
+    return not measurement.compiled or (first_size and measurement.threads != 1)
 
 
 def sized(dimensions: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Size, ...]:

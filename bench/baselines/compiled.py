@@ -6,10 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch._dynamo
-import torch._functorch.config
-
 MOST_GRAPHS = 256  # of one function: sizes, dtypes and numbers of threads
 
 
@@ -20,6 +16,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Sets options for the whole process: a call that passes the recompilation limit raises instead of running eagerly,
     and no saved tensor is donated to the backward, which may then run repeatedly (``retain_graph=True``).
     """
+    import torch._dynamo  # takes seconds, and not every process compiles
+    import torch._functorch.config
+
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 8 * MOST_GRAPHS
