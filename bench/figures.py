@@ -39,10 +39,11 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, and it can be selected
     "svg.hashsalt": "mlot_kernels",
 }
-# Okabe and Ito's palette; colour, marker, hatch. No machine has both cpu and cuda as its backend.
+# Okabe and Ito's palette; colour, marker, hatch. No result has two of cpu, cuda and auto.
 LOOKS = {
     "cpu": ("#0072B2", "o", ""),
     "cuda": ("#0072B2", "o", ""),
+    "auto": ("#0072B2", "o", ""),
     "triton": ("#009E73", "s", "|||"),
     "reference": ("#666666", "D", "xxx"),
     "eager": ("#E69F00", "^", "///"),

@@ -33,7 +33,7 @@ def contender(measurement: Measurement) -> Callable[..., Outputs]:
     """The function of the inputs that is measured; skips where its package is missing."""
     suite, name = measurement.suite, measurement.contender
     if name not in suite.peers:
-        return functools.partial(suite.ours, backend=name)
+        return functools.partial(suite.ours, backend=None if name == "auto" else name)
     peer = suite.peers[name]
     if peer.needs is not None and importlib.util.find_spec(peer.needs) is None:
         pytest.skip(f"the peer {name} needs {peer.needs}, which is not installed")

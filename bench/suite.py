@@ -78,8 +78,14 @@ class Suite:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Those that have every operator; whether one can run a call is seen when it does."""
-        return tuple(name for name in BACKENDS if all(name in OPERATORS[op].forward for op in self.operators))
+        """Those that have every operator, and ``"auto"`` where others have some of them, so that users get a mixture.
+
+        Whether one can run a call is seen when it does.
+        """
+        having = {name: sum(name in OPERATORS[op].forward for op in self.operators) for name in BACKENDS}
+        whole = tuple(name for name in BACKENDS if having[name] == len(self.operators))
+        mixed = any(0 < count < len(self.operators) for count in having.values())
+        return (*whole, "auto") if mixed else whole
 
 
 @dataclass(frozen=True)

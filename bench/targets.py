@@ -15,7 +15,7 @@ from typing import Any
 
 DIRECTIONS = ("forward", "backward", "both")
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # bytes, in the order of a page
-OURS = ("cpu", "triton", "cuda", "reference")
+OURS = ("cpu", "triton", "cuda", "auto", "reference")
 PEERS = ("eager", "torch.compile", "torch.topk", "torch.cdist", "torch.sort", "published")
 SUBJECTS = ("rank_truncate", "sorted_l1", "topk_softmax", "sinkhorn", "pairwise_cost", "multi_level_ot")
 ROWS = ("sequences", "rows", "vocabulary", "student_vocabulary", "teacher_vocabulary")
