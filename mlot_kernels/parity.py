@@ -6,6 +6,7 @@ it could assert, so that ``python -O`` checks as much.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def upstream_of(outputs: Outputs) -> list[Tensor]:
     return [w.to(y) if y.is_floating_point() else w.to(y.device) for w, y in zip(draw, outputs, strict=True)]
 
 
-def fidelity(case: Case, backend: str) -> Fidelity:
+def fidelity(case: Case, backend: str | None) -> Fidelity:
     """No row's error exceeds twice that of the definition in the same precision, but for rounding of the output.
 
     Indices are as good as the best ones in float64, up to near-ties.
@@ -85,8 +86,7 @@ def fidelity(case: Case, backend: str) -> Fidelity:
         BackendUnavailable: ``backend`` cannot run the case.
     """
     outputs, gradients = run(case, backend)
-    true_outputs, true_gradients = differentiate(case.definition, tuple(x.double() for x in case.inputs))
-    plain_outputs, plain_gradients = differentiate(case.definition, case.inputs)
+    (true_outputs, true_gradients), (plain_outputs, plain_gradients) = _defined(case)
     if case.excess is not None:
         return _as_good_as_the_best(case, case.excess, outputs, plain_outputs, true_outputs)
     scales: list[Any] = [0.0] * len(outputs) + list(case.gradient_scale(case.inputs))
@@ -125,7 +125,14 @@ def fidelity(case: Case, backend: str) -> Fidelity:
     )
 
 
-def gradcheck(case: Case, backend: str) -> None:
+@functools.lru_cache(maxsize=128)  # every backend is held against the same
+def _defined(case: Case) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+    """Outputs and gradients of the definition, in float64 and in the inputs' precision."""
+    double = tuple(x.double() for x in case.inputs)
+    return differentiate(case.definition, double), differentiate(case.definition, case.inputs)
+
+
+def gradcheck(case: Case, backend: str | None) -> None:
     """Finite differences in float64; columns at -inf have no derivative and are left out.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 
 from mlot_kernels import parity
-from mlot_kernels.backends import BACKENDS, BackendUnavailable
+from mlot_kernels.backends import BACKENDS, BackendUnavailable, explain
 from mlot_kernels.cases import Case
 from mlot_kernels.losses.cases import LOSSES, tolerance
 from mlot_kernels.losses.cases import cases as loss_cases
@@ -31,6 +31,7 @@ from mlot_kernels.registry import OPERATORS
 DEVICES = ("cpu", "cuda")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 SUBJECTS = (*sorted(OPERATORS), *LOSSES)
+AUTO = "auto"  # of a loss: each operator on the backend that it gets if none is named
 HEADER = ("operator or loss", "backend", "cases", *DTYPES, "gradcheck")
 
 Row = tuple[str, ...]
@@ -52,7 +53,7 @@ class Result:
 
     Attributes:
         subject: the operator's name or the loss's class.
-        backend, device: what it ran on.
+        backend, device: what it ran on; ``"auto"`` for a loss whose operators run on several.
         cases: how many were compared with the definition, a case counting once per dtype.
         left_out: reason -> the cases that could not run, each as "dtype: name".
         shares: dtype -> the largest error as a share of what is allowed; absent where a case failed or none ran.
@@ -107,11 +108,22 @@ def results(device: str = "cpu", backend: str | None = None, names: Sequence[str
 def _results(device: str, backend: str | None, names: Sequence[str]) -> Iterator[Result]:
     for name in dict.fromkeys(names):
         cases = {label: _cases_of(name, dtype, device) for label, dtype in DTYPES.items()}
+        whole = set()  # the backends that ran every case
         for each in BACKENDS if backend is None else (backend,):
             with _threads(1 if each == "reference" else torch.get_num_threads()):
                 result = _test(name, cases, each, device)
             if result.cases or backend is not None:
                 yield result
+            if result.cases and not result.left_out:
+                whole.add(each)
+        if name in LOSSES and backend is None and _chosen(cases["float32"][0]) not in whole:
+            with _threads(1):
+                yield _test(name, cases, AUTO, device)
+
+
+def _chosen(case: Case) -> str | None:
+    """The backend of the first operator that a loss calls; where that has not all of them, users get a mixture."""
+    return explain(case.call, case.inputs, None).chosen
 
 
 def _cases_of(name: str, dtype: torch.dtype, device: str) -> list[Case]:
@@ -154,10 +166,10 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _attempt(result: Result, check: str, case: Case, function: Callable[[Case, str], T]) -> T | None:
+def _attempt(result: Result, check: str, case: Case, function: Callable[[Case, str | None], T]) -> T | None:
     """What ``function`` returns; None, and an entry in ``result``, where the case cannot run or fails."""
     try:
-        return function(case, result.backend)
+        return function(case, None if result.backend == AUTO else result.backend)
     except Exception as error:  # whatever a kernel raises is its failure, and the next case runs
         if reason := _left_out_for(error):
             result.left_out.setdefault(reason, []).append(f"{check}: {case.name}")
@@ -178,7 +190,7 @@ def _left_out_for(error: Exception) -> str | None:
     return None
 
 
-def _held_to_tolerance(case: Case, backend: str) -> parity.Fidelity:
+def _held_to_tolerance(case: Case, backend: str | None) -> parity.Fidelity:
     """``parity.fidelity`` of a loss, within ``losses.cases.tolerance``, too, which also bounds the reference itself."""
     measured = parity.fidelity(case, backend)
     shares = [measured.share]
@@ -190,7 +202,7 @@ def _held_to_tolerance(case: Case, backend: str) -> parity.Fidelity:
     return replace(measured, share=max(shares))
 
 
-def _gradcheck(case: Case, backend: str) -> bool:
+def _gradcheck(case: Case, backend: str | None) -> bool:
     parity.gradcheck(case, backend)
     return True  # _attempt returns None where it raises
 
