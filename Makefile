@@ -9,7 +9,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full lint bench bench-full gpu-check clean
+NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.h")
+
+.PHONY: demo test test-full lint sanitize bench bench-full gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
@@ -24,6 +26,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ under the address, undefined-behaviour and thread sanitizers.
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.native.sanitize
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench
@@ -41,16 +47,17 @@ gpu-check:
 # torch comes first and pinned: whatever depends on it must find it, or pip brings the newest one with gigabytes of CUDA.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "$(TRITON)" "setuptools>=77,<82"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "$(TRITON)" \
+		"setuptools>=77,<82" "ninja>=1.11,<2" "pybind11>=2.12,<4"
 	touch $@
 
-$(STAMP): $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test,lint]"
+$(STAMP): $(VENV)/.torch pyproject.toml $(NATIVE)
+	MLOT_PROBE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test,lint]"
 	touch $@
 
 $(VENV)/.bench: $(STAMP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[bench]"
+	MLOT_PROBE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[bench]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info
+	rm -rf $(VENV) build dist demo *.egg-info mlot_kernels/*.so mlot_kernels/_build.json

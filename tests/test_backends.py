@@ -64,9 +64,9 @@ def test_unknown_names_are_refused():
 
 def test_explain_says_what_would_run_and_why_not():
     said = explain(row_entropy, X)
-    assert said.chosen == "reference"
+    assert said.chosen == next(name for name in backends.PREFERENCE[X.device.type] if said.refusals[name] is None)
     assert said.refusals["reference"] is None
-    assert "* reference" in str(said)
+    assert f"* {said.chosen}" in str(said)
     assert "not implemented" in said.refusals["cuda"]
     assert explain(row_entropy, X, backend="cuda").chosen is None
     with pytest.raises(TypeError, match="explain takes an operator"):

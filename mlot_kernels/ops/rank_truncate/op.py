@@ -11,6 +11,7 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
+from mlot_kernels.native import native
 from mlot_kernels.ops.rank_truncate import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
@@ -19,8 +20,8 @@ _OPTIONS = "float[] temperatures, bool standardize, SymInt vocab_size, SymInt k,
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor kept_mass, {_SAVED})"
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "rank_truncate_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "rank_truncate_backward")}
 
 
 def _forward_fake(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
+from mlot_kernels.native import native
 from mlot_kernels.ops.row_entropy import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
@@ -16,8 +17,8 @@ _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale"
 _SAVED = "Tensor mass, Tensor peak, Tensor log_total, Tensor mean, Tensor scale, Tensor slope, Tensor moment"
 _OPTIONS = "float temperature, bool standardize, SymInt vocab_size, str backend"
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "row_entropy_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "row_entropy_backward")}
 
 
 def _forward_fake(values: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
+from mlot_kernels.native import native
 from mlot_kernels.ops.token_log_probability import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
@@ -18,8 +19,8 @@ _OPTIONS = "float temperature, bool standardize, SymInt vocab_size, str backend"
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probability, {_SAVED})"
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "token_log_probability_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "token_log_probability_backward")}
 
 
 def _forward_fake(values: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, ...]:

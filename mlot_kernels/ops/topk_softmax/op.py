@@ -10,6 +10,7 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
+from mlot_kernels.native import native
 from mlot_kernels.ops.topk_softmax import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
@@ -18,8 +19,8 @@ _OPTIONS = "float temperature, bool standardize, SymInt vocab_size, SymInt k, st
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor lse, {_SAVED})"
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "topk_softmax_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "topk_softmax_backward")}
 
 
 class TopK(NamedTuple):

@@ -1,0 +1,110 @@
+"""What the build does where something that it needs is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mlot_kernels import native
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these are no sources that can be built")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The sources alone, as a fresh clone has them."""
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in ("mlot_kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def setup(tree, *arguments, **environment):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLOT_", "CXX"))}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=tree, env={**inherited, **environment}, capture_output=True, text=True)
+
+
+WITHOUT = {
+    "compiler": ({"CXX": "/nonexistent"}, "there is no C++ compiler, /nonexistent"),
+    "any tool": ({"PATH": "/nonexistent"}, "there is no C++ compiler, g++ or c++"),
+    "torch": ({"MLOT_TORCH_DIR": "/nonexistent"}, "there is no torch in this environment; install it first"),
+    "being asked to": ({"MLOT_NATIVE": "0"}, "it was installed with MLOT_NATIVE=0"),
+}
+without = pytest.mark.parametrize(("environment", "words"), WITHOUT.values(), ids=WITHOUT)
+
+
+@without
+def test_the_python_parts_install_alone_and_say_why(tree, environment, words):
+    done = setup(tree, "bdist_wheel", "--dist-dir", "dist", **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"[mlot] the Python parts alone, which compute everything in plain torch: {words}" in done.stderr
+    (wheel,) = (tree / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    installed = tree / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any(name.endswith(".so") for name in archive.namelist())
+        archive.extractall(installed)
+    facts = json.loads((installed / "mlot_kernels/_build.json").read_text())
+    assert facts["architectures"] == []
+    assert words in facts["missing"]
+    assert words in native.load("cpu", installed / "mlot_kernels")
+
+
+@pytest.mark.parametrize("environment", [environment for environment, _ in WITHOUT.values()][:3], ids=list(WITHOUT)[:3])
+def test_asked_to_build_it_fails(tree, environment):
+    done = setup(tree, "--version", MLOT_NATIVE="1", **environment)
+    assert done.returncode != 0
+    assert "MLOT_NATIVE=1, and the native parts cannot be built: there is no" in done.stderr
+
+
+def test_a_wrong_switch_is_an_error(tree):
+    done = setup(tree, "--version", MLOT_NATIVE="yes")
+    assert "MLOT_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr
+
+
+def test_an_older_torch_is_refused_by_name(tree, tmp_path):
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    done = setup(tree, "--version", MLOT_TORCH_DIR=str(tmp_path), MLOT_NATIVE="1")
+    assert "torch 2.9.1+cpu is older than 2.10" in done.stderr
+
+
+def test_no_wheel_holds_the_probe(tree):
+    if native.MISSING["cpu"]:
+        pytest.skip(native.MISSING["cpu"])
+    done = setup(tree, "bdist_wheel", "--dist-dir", "dist", MLOT_PROBE="1")
+    assert done.returncode != 0
+    assert "no wheel may hold the developers' module" in done.stderr
+
+
+def test_the_source_distribution_can_be_built(tree):
+    done = setup(tree, "sdist", "--formats", "zip", "--dist-dir", "dist", MLOT_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(archive) as files:
+        names = {name.partition("/")[2] for name in files.namelist()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")}
+    assert sources < names
+    assert "setup.py" in names
+    assert "mlot_kernels/_build.json" not in names
+
+
+def test_a_library_that_does_not_load_is_not_silent(tmp_path):
+    (tmp_path / "_cpu.so").write_bytes(b"no library")
+    with pytest.warns(UserWarning, match="_cpu.so did not load"):
+        assert "install mlot-kernels again beside this torch" in native.load("cpu", tmp_path)
+
+
+def test_a_tree_that_was_never_built_says_so(tmp_path):
+    assert "it was never built" in native.load("cpu", tmp_path)
