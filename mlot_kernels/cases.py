@@ -113,7 +113,7 @@ def logits_examples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Logi
 
 
 def large_logits(
-    dtype: torch.dtype, device: str, seed: int, sequences: int, rows: int, vocabulary: int, context: int = 64
+    dtype: torch.dtype, device: str, seed: int, sequences: int, rows: int, vocabulary: int, context: int = 8
 ) -> Tensor:
     """Logits ``[sequences, rows, vocabulary]`` with what makes a language model's hard: frequent tokens lead in every
     row, rows differ in few directions, some tokens stand out, and the mean is not 0. Standard deviation about 2.2.
