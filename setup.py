@@ -243,7 +243,8 @@ class Build(build_ext):
             import pybind11
         except ImportError:
             raise SystemExit("[mlot] MLOT_PROBE=1 needs pybind11; pip install pybind11") from None
-        headers = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+        # Optimised, pybind11 takes most of a minute, and nothing here is worth it.
+        headers = f"-O0 -isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
         module = ninja.compile(SOURCES / "probe/module.cpp", headers)
         routines = [source for source in sorted((SOURCES / "probe").glob("*.cpp")) if source.stem != "module"]
         ninja.edge("link", target, [module, dispatch, *ninja.compile_for_each_instruction_set(routines)])
@@ -257,8 +258,12 @@ class Python(build_py):
 
 class Wheel(bdist_wheel):
     def run(self) -> None:
-        if PROBE:
-            raise SystemExit("[mlot] no wheel may hold the developers' module; unset MLOT_PROBE, or pip install -e")
+        if PROBE or SANITIZE:
+            switch = "MLOT_PROBE" if PROBE else "MLOT_SANITIZE"
+            raise SystemExit(f"[mlot] no wheel may hold what {switch} builds; unset it, or pip install -e")
+        # A wheel takes all that lies in the build's folder, and an earlier build may have left the module there.
+        for left in (Path(self.get_finalized_command("build").build_lib) / PACKAGE).glob("_probe*"):
+            left.unlink()
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlot_kernels.info import collect
-
 from bench.check import Errors
+from mlot_kernels.info import collect
 
 FORMAT = 1
 IDENTITY = ("subject", "contender", "size", "dtype", "direction", "device", "threads")

@@ -119,11 +119,14 @@ inline void zero_uncounted_rows(const Tensor& output, const Tensor& index) {
   for (int64_t slot = 0; slot < index.numel(); ++slot) {
     if (where[slot] >= 0) counted[slot / slots * positions + where[slot]] = 1;
   }
+  std::vector<int64_t> rest;
+  for (size_t row = 0; row < counted.size(); ++row) {
+    if (!counted[row]) rest.push_back(row);
+  }
+  if (rest.empty()) return;
   char* begin = static_cast<char*>(output.mutable_data_ptr());
-  torch::stable::parallel_for(0, counted.size(), grain(output.size(2)), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      if (!counted[row]) std::memset(begin + row * bytes, 0, bytes);
-    }
+  torch::stable::parallel_for(0, rest.size(), grain(output.size(2)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::memset(begin + rest[i] * bytes, 0, bytes);
   });
 }
 

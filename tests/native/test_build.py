@@ -85,7 +85,17 @@ def test_no_wheel_holds_the_probe(tree):
         pytest.skip(native.MISSING["cpu"])
     done = setup(tree, "bdist_wheel", "--dist-dir", "dist", MLOT_PROBE="1")
     assert done.returncode != 0
-    assert "no wheel may hold the developers' module" in done.stderr
+    assert "no wheel may hold what MLOT_PROBE builds" in done.stderr
+
+
+def test_no_wheel_holds_the_probe_of_an_earlier_build(tree):
+    left = tree / "build/lib/mlot_kernels/_probe.cpython-311-x86_64-linux-gnu.so"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert setup(tree, "bdist_wheel", "--dist-dir", "dist", MLOT_NATIVE="0").returncode == 0
+    (wheel,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any("_probe" in name for name in archive.namelist())
 
 
 def test_the_source_distribution_can_be_built(tree):
