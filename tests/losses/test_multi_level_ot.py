@@ -394,7 +394,6 @@ S, T = logits_of(2, 4, 9), logits_of(2, 5, 8)
         ((S, T), {"token_weight": torch.ones(2, 5)}, ValueError, r"token_weight must be \[B, T\] as student_logits"),
         ((S, T), {"temperature": 2}, TypeError, "temperature"),
     ],
-    ids=str,
 )
 def test_bad_input_is_named(arguments, options, error, words):
     if "shift" in options:

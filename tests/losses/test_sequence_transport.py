@@ -101,7 +101,6 @@ X, Y = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
         ((X, Y), {"reduction": "all"}, ValueError, "reduction must be one of"),
         ((X, Y), {"p": 1}, TypeError, "p"),
     ],
-    ids=str,
 )
 def test_bad_input_is_named(arguments, options, error, words):
     with pytest.raises(error, match=words):
