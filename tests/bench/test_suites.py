@@ -152,10 +152,11 @@ def test_inputs_are_rotated_beyond_the_cache():
 
 def test_peak_memory_counts_what_is_held_at_a_time():
     suite = suite_of("row_entropy")
-    size = tuple({"sequences": 2, "rows": 32, "vocabulary": 100_000}.items())
-    logits = 2 * 32 * 100_000 * 4
+    # Above 32 MiB glibc maps every block by itself; below, what is resident depends on how its heap is cut up.
+    size = tuple({"sequences": 2, "rows": 32, "vocabulary": 200_000}.items())
+    logits = 2 * 32 * 200_000 * 4
     try:
         peak = memory.peak(small(suite, "torch.distributions", size=size))
     except OSError as error:
         pytest.skip(f"this system does not tell a process its peak: {error}")
-    assert 2 * logits < peak < 12 * logits  # the log-probabilities and the gradient at least
+    assert 3 * logits < peak < 8 * logits  # five tensors of their size at a time
