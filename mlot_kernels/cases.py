@@ -152,6 +152,24 @@ def large_pair(
     )
 
 
+def large_features(
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    *,
+    problems: int,
+    student_rows: int,
+    teacher_rows: int,
+    width: int,
+) -> tuple[Tensor, ...]:
+    """Probabilities of the teacher ``[problems, teacher_rows, width]``, then of the student."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        (2 * torch.randn(problems, rows, width, generator=generator)).softmax(-1).to(dtype).to(device)
+        for rows in (teacher_rows, student_rows)
+    )
+
+
 def _narrowed(rows: Rows, width: int) -> Rows:
     return Rows(rows.index[:, :width], rows.count, rows.span[:, :width], rows.spans, rows.length)
 

@@ -8,31 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlot_kernels.cases import Case
+from mlot_kernels.cases import Case, large_features
 from mlot_kernels.ops.transport_cost import reference, transport_cost
 from mlot_kernels.transport import METRICS, TransportOptions, within
+
+large = large_features
 
 
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
-
-
-def large(
-    dtype: torch.dtype,
-    device: str,
-    seed: int = 0,
-    *,
-    problems: int,
-    student_rows: int,
-    teacher_rows: int,
-    width: int,
-) -> tuple[Tensor, ...]:
-    """Inputs of a real size: probabilities of the teacher ``[problems, teacher_rows, width]``, then of the student."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        (2 * torch.randn(problems, rows, width, generator=generator)).softmax(-1).to(dtype).to(device)
-        for rows in (teacher_rows, student_rows)
-    )
 
 
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
