@@ -1,17 +1,12 @@
 """The Multi-Level-OT loss of the paper, and what its authors published, which is another loss."""
 
-from bench.baselines.multi_level_ot import dense_paper_loss, published_loss
-from bench.losses import batch, traffic
+from bench.losses import batch, dense, published, traffic
 from bench.suite import TWO_SIDES, TWO_SIDES_GPU, Peer, Suite
 from mlot_kernels import multi_level_ot_loss, official_multi_level_ot_loss
 
 
-def eager(student, teacher, student_labels, teacher_labels):
-    return (dense_paper_loss(student[:, :-1], teacher[:, :-1]),)
-
-
-def published(student, teacher, *labels):
-    return (published_loss(student.float(), teacher.float(), *labels),)
+def eager(*inputs):
+    return (dense(*inputs),)
 
 
 SUITE = Suite(
@@ -24,7 +19,9 @@ SUITE = Suite(
         "eager": Peer(eager),
         "torch.compile": Peer(eager, compiled=True),
         "published": Peer(
-            published, truth=lambda *inputs: (official_multi_level_ot_loss(*inputs, backend="reference"),), waits=True
+            lambda *inputs: (published(*inputs),),
+            truth=lambda *inputs: (official_multi_level_ot_loss(*inputs, backend="reference"),),
+            waits=True,
         ),
     },
     traffic=traffic,

@@ -2,28 +2,19 @@
 
 from torch.nn.functional import cross_entropy
 
-from bench.baselines.multi_level_ot import dense_paper_loss, published_loss
-from bench.losses import batch, traffic
+from bench.baselines.rows import wide
+from bench.losses import batch, dense, published, traffic
 from bench.suite import TWO_SIDES, TWO_SIDES_GPU, Peer, Suite
 from mlot_kernels import multi_level_ot_loss, official_multi_level_ot_loss
 
 
 def with_cross_entropy(distillation, weight):
     def loss(student, teacher, student_labels, teacher_labels, **options):
-        shifted = student[:, :-1].flatten(0, 1)
-        wide = shifted if shifted.dtype.itemsize > 2 else shifted.float()  # as models' own losses do
-        supervised = cross_entropy(wide, student_labels[:, 1:].flatten())
+        shifted = wide(student[:, :-1].flatten(0, 1))  # as models' own losses do
+        supervised = cross_entropy(shifted, student_labels[:, 1:].flatten())
         return (supervised + weight * distillation(student, teacher, student_labels, teacher_labels, **options),)
 
     return loss
-
-
-def dense(student, teacher, *labels):
-    return dense_paper_loss(student[:, :-1], teacher[:, :-1])
-
-
-def published(student, teacher, *labels):
-    return published_loss(student.float(), teacher.float(), *labels)
 
 
 def official(*inputs):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.measure import contender
+from bench.measure import contender, inputs
 from bench.suite import Measurement, Outputs
 from mlot_kernels.parity import upstream_of
 
@@ -45,8 +45,8 @@ def check(measurement: Measurement) -> Errors:
 @functools.cache
 def _verdict(measurement: Measurement) -> Errors | str:
     suite = measurement.suite
-    outputs, gradients = _results(contender(measurement), _inputs(measurement, None), suite.leaves)
-    peer = suite.peers.get(measurement.contender)
+    outputs, gradients = _results(contender(measurement), inputs(measurement, 0), suite.leaves)
+    peer = measurement.peer
     truth = peer.truth if peer is not None and peer.truth is not None else None
     true_outputs, true_gradients = _truth(replace(measurement, contender="reference"), truth)
     try:
@@ -63,15 +63,11 @@ def _verdict(measurement: Measurement) -> Errors | str:
 
 @functools.lru_cache(maxsize=1)  # one problem's contenders follow one another
 def _truth(measurement: Measurement, truth: Callable[..., Outputs] | None) -> tuple[list[Tensor], list[Tensor]]:
-    return _results(truth or contender(measurement), _inputs(measurement, torch.float64), measurement.suite.leaves)
-
-
-def _inputs(measurement: Measurement, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    tensors = measurement.suite.inputs(measurement.dtype, measurement.device, 0, **dict(measurement.size))
-    return tuple(
-        x.to(dtype).requires_grad_(i in measurement.suite.leaves) if x.is_floating_point() else x
-        for i, x in enumerate(tensors)
+    double = tuple(
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for x in inputs(measurement, 0)
     )
+    return _results(truth or contender(measurement), double, measurement.suite.leaves)
 
 
 def _results(

@@ -87,7 +87,7 @@ def take(request: pytest.FixtureRequest, benchmark, collected: results.Collected
             pytest.fail(str(error))
         sets = sets_of_inputs(measurement)
         functions = runs(call, measurement, sets)
-        in_graph = measurement.device == "cuda" and not measurement.waits
+        in_graph = measurement.device == "cuda" and not (measurement.peer and measurement.peer.waits)
         run = captured(functions) if in_graph else in_turn(functions)
         rounds, repetitions = rounds_of(run, kind, benchmark._timer)
         benchmark.pedantic(run, rounds=rounds, iterations=repetitions)
@@ -95,7 +95,7 @@ def take(request: pytest.FixtureRequest, benchmark, collected: results.Collected
         collected.add(
             measurement.identity,
             [seconds / calls for seconds in benchmark.stats.stats.data],
-            ours=measurement.ours,
+            ours=measurement.peer is None,
             input_sets=len(sets),
             traffic=measurement.traffic(*sets[0]),
             logits=nbytes(*sets[0][: suite.logits]) or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bench.baselines.multi_level_ot import dense_paper_loss, published_loss
 from bench.suite import nbytes
 from mlot_kernels.cases import large_pair
 
@@ -38,6 +39,16 @@ def batch(
     for side in labels:
         side[:, 0] = -100
     return student, teacher, labels[0].to(device), labels[1].to(device)
+
+
+def dense(student: Tensor, teacher: Tensor, *labels: Tensor) -> Tensor:
+    """The paper's loss by hand on the batch's rows, which all count."""
+    return dense_paper_loss(student[:, :-1], teacher[:, :-1])
+
+
+def published(student: Tensor, teacher: Tensor, *labels: Tensor) -> Tensor:
+    """The published loss on logits in float32: eager torch has no 16-bit cdist."""
+    return published_loss(student.float(), teacher.float(), *labels)
 
 
 def traffic(student: Tensor, teacher: Tensor, *labels: Tensor) -> tuple[int, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from mlot_kernels.info import collect
 
 WORDS = {"cpu": 64 << 20, "cuda": 512 << 20}  # of float32: 256 MiB and 2 GiB, far beyond any cache
 
@@ -45,6 +48,14 @@ class Rate:
 
     def __str__(self) -> str:
         return self.kind if self.threads is None else f"{self.kind}-{self.threads}t"
+
+
+@functools.cache  # collecting looks at the whole installation
+def cache_size(device: str) -> int:
+    """Bytes of the last cache before memory; 32 MiB where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    return collect()["machine"]["last_level_cache"] or 32 << 20
 
 
 def plan(device: str, cores: int) -> Iterator[Rate]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bench.baselines.compiled import compiled
+from bench.machine import cache_size
 from bench.suite import Measurement, Outputs, nbytes
-from mlot_kernels.info import collect
 from mlot_kernels.parity import upstream_of
 
 MOST_SETS = 8
@@ -31,10 +31,9 @@ Run = Callable[[], Any]
 
 def contender(measurement: Measurement) -> Callable[..., Outputs]:
     """The function of the inputs that is measured; skips where its package is missing."""
-    suite, name = measurement.suite, measurement.contender
-    if name not in suite.peers:
-        return functools.partial(suite.ours, backend=None if name == "auto" else name)
-    peer = suite.peers[name]
+    name, peer = measurement.contender, measurement.peer
+    if peer is None:
+        return functools.partial(measurement.suite.ours, backend=None if name == "auto" else name)
     if peer.needs is not None and importlib.util.find_spec(peer.needs) is None:
         pytest.skip(f"the peer {name} needs {peer.needs}, which is not installed")
     return compiled(peer.call) if peer.compiled else peer.call
@@ -58,11 +57,7 @@ def sets_of_inputs(measurement: Measurement) -> list[tuple[Tensor, ...]]:
 @functools.lru_cache(maxsize=1)  # measurements of one size and dtype follow one another
 def _drawn(measurement: Measurement) -> list[tuple[Tensor, ...]]:
     first = inputs(measurement, 0)
-    if measurement.device == "cuda":
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-    else:
-        cache = collect()["machine"]["last_level_cache"] or 32 << 20
-    count = min(MOST_SETS, math.ceil(2 * cache / nbytes(*first)) + 1)
+    count = min(MOST_SETS, math.ceil(2 * cache_size(measurement.device) / nbytes(*first)) + 1)
     return [first, *(inputs(measurement, seed) for seed in range(1, count))]
 
 

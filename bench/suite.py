@@ -113,16 +113,9 @@ class Measurement:
         }
 
     @property
-    def ours(self) -> bool:
-        return self.contender not in self.suite.peers
-
-    @property
-    def compiled(self) -> bool:
-        return not self.ours and self.suite.peers[self.contender].compiled
-
-    @property
-    def waits(self) -> bool:
-        return not self.ours and self.suite.peers[self.contender].waits
+    def peer(self) -> Peer | None:
+        """None where the contender is ours."""
+        return self.suite.peers.get(self.contender)
 
     @property
     def whole(self) -> bool:
@@ -165,7 +158,8 @@ def _in_quick(measurement: Measurement, first_size: bool, rare: int) -> bool:
         return False
     if measurement.contender == "reference":
         return rare == 0
-    return not measurement.compiled or (first_size and measurement.threads != 1)
+    compiled = measurement.peer is not None and measurement.peer.compiled
+    return not compiled or (first_size and measurement.threads != 1)
 
 
 def sized(dimensions: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Size, ...]:
