@@ -112,7 +112,7 @@ class Rows:
     @staticmethod
     def every(batch: int, length: int, device: torch.device | str | None = None) -> Rows:
         """All rows of ``[batch, length, V]``, one span a sequence."""
-        index = torch.arange(length, device=device).repeat(batch, 1)
+        index = torch.arange(length, device=device).expand(batch, length).contiguous()
         count = torch.full((batch,), length, device=device)
         return Rows(index, count, torch.zeros_like(index), torch.ones_like(count), length)
 

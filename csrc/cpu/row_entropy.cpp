@@ -1,8 +1,10 @@
+// row_entropy on a CPU; compiled once per instruction set.
 #include "mlot/cpu/row_entropy.h"
 
 #include <algorithm>
 #include <type_traits>
 
+#include "mlot/cpu/row_gradient.h"
 #include "mlot/cpu/row_statistics.h"
 
 namespace mlot::MLOT_ISA {
@@ -104,12 +106,12 @@ void add_columns(const T* x, const bool* mask, int64_t columns, A peak, A factor
 }
 
 template <bool kMasked, class T, class A = Accumulator<T>>
-EntropySums sums_of(const T* x, const LogitsView& logits, double factor, RowStatistics<A>& row) {
+EntropySums sums_of(const T* x, const LogitsRows& rows, double factor, RowStatistics<A>& row) {
   EntropySums sums;
   const A center = row.mean * A(factor);
-  for (int64_t start = 0; start < logits.vocab_size; start += kChunk) {
-    const int64_t columns = std::min(kChunk, logits.vocab_size - start);
-    if (!logits.standardize) {
+  for (int64_t start = 0; start < rows.vocab_size; start += kChunk) {
+    const int64_t columns = std::min(kChunk, rows.vocab_size - start);
+    if (!rows.standardize) {
       const A peak = tile_maxima(x + start, columns, static_cast<A*>(nullptr));
       if (peak > row.peak) {
         if (row.peak != -INFINITY) sums.lower((double(peak) - double(row.peak)) * factor);
@@ -117,15 +119,15 @@ EntropySums sums_of(const T* x, const LogitsView& logits, double factor, RowStat
       }
     }
     const A below = row.peak == -INFINITY ? A(0) : row.peak;  // -inf so far, whose 2^t is 0; or NaN, which shows
-    const T* ahead = start + 2 * kChunk <= logits.vocab_size ? x + start + kChunk : nullptr;
-    add_columns<kMasked>(x + start, kMasked ? logits.column_mask + start : nullptr, columns, below, A(factor), center,
+    const T* ahead = start + 2 * kChunk <= rows.vocab_size ? x + start + kChunk : nullptr;
+    add_columns<kMasked>(x + start, kMasked ? rows.column_mask + start : nullptr, columns, below, A(factor), center,
                          ahead, sums);
   }
   return sums;
 }
 
 template <class A>
-void write(const RowEntropyOutputs& outputs, int64_t slot, double entropy, double mass, double log_total, double moment,
+void write(const RowEntropyScalars<void*>& outputs, int64_t slot, double entropy, double mass, double log_total, double moment,
            const RowStatistics<A>& row) {
   static_cast<A*>(outputs.entropy)[slot] = A(entropy);
   static_cast<A*>(outputs.mass)[slot] = A(mass);
@@ -138,15 +140,15 @@ void write(const RowEntropyOutputs& outputs, int64_t slot, double entropy, doubl
 }
 
 template <class T, class A = Accumulator<T>>
-void forward_row(const LogitsView& logits, const T* x, const RowEntropyOutputs& outputs, int64_t slot) {
+void forward_row(const LogitsRows& rows, const T* x, const RowEntropyScalars<void*>& outputs, int64_t slot) {
   RowStatistics<A> row =
-      logits.standardize ? standardized(x, logits.vocab_size) : RowStatistics<A>{A(-INFINITY), 0, 1, 0};
-  const double factor = kLog2E / (logits.temperature * double(row.scale));  // of x - peak in t
+      rows.standardize ? standardized(x, rows.vocab_size) : RowStatistics<A>{A(-INFINITY), 0, 1, 0};
+  const double factor = kLog2E / (rows.temperatures[0] * double(row.scale));  // of x - peak in t
   const EntropySums sums =
-      logits.column_mask ? sums_of<true>(x, logits, factor, row) : sums_of<false>(x, logits, factor, row);
+      rows.column_mask ? sums_of<true>(x, rows, factor, row) : sums_of<false>(x, rows, factor, row);
   const double total = row.peak == -INFINITY ? NAN : sums.total;  // a row of -inf alone is 0 / 0, as in plain torch
   const double log_total = std::log(total);
-  const double log_scale = logits.log_scale ? static_cast<const A*>(logits.log_scale)[slot] : 0;
+  const double log_scale = rows.log_scale ? static_cast<const A*>(rows.log_scale)[slot] : 0;
 
   // On the columns looked at p = 2^t exp(offset) and log p = log(2) u + at_center. W may be taken about any point, and
   // near the row's mean its two terms are small.
@@ -215,11 +217,11 @@ void gradient_row(const T* x, const bool* mask, int64_t columns, const GradientS
 }
 
 template <class T, class A = Accumulator<T>>
-void backward_row(const LogitsView& logits, const T* x, const RowEntropyOutputs& saved, double grad, int64_t slot,
-                  T* out) {
+void backward_row(const LogitsRows& rows, const T* x, const RowEntropyScalars<const void*>& saved, double grad,
+                  int64_t slot, T* out) {
   const auto at = [slot](const void* rows) { return static_cast<const A*>(rows)[slot]; };
-  const double inverse = 1 / (logits.temperature * double(at(saved.scale)));
-  const double log_scale = logits.log_scale ? double(at(logits.log_scale)) : 0;
+  const double inverse = 1 / (rows.temperatures[0] * double(at(saved.scale)));
+  const double log_scale = rows.log_scale ? double(at(rows.log_scale)) : 0;
   const double moment = at(saved.moment), slope = at(saved.slope);
   const GradientScalars<A> scalars{at(saved.peak),
                                    A(inverse),
@@ -229,42 +231,42 @@ void backward_row(const LogitsView& logits, const T* x, const RowEntropyOutputs&
                                    A(std::exp(log_scale)),
                                    A(std::exp(log_scale) == 0 ? 0 : log_scale + 1),  // p = 0 there: not 0 * -inf
                                    at(saved.mean),
-                                   A(slope * grad * moment / logits.temperature)};
-  const auto run = logits.column_mask ? (slope != 0 ? gradient_row<true, true, T> : gradient_row<true, false, T>)
+                                   A(slope * grad * moment / rows.temperatures[0])};
+  const auto run = rows.column_mask ? (slope != 0 ? gradient_row<true, true, T> : gradient_row<true, false, T>)
                                       : (slope != 0 ? gradient_row<false, true, T> : gradient_row<false, false, T>);
-  run(x, logits.column_mask, logits.vocab_size, scalars, out);
+  run(x, rows.column_mask, rows.vocab_size, scalars, out);
 }
 
 template <class T, class A = Accumulator<T>>
-void forward(const LogitsView& logits, const RowEntropyOutputs& outputs, int64_t first, int64_t last) {
-  for (int64_t slot = first; slot < last; ++slot) {
-    if (const T* x = row_of<T>(logits, slot)) {
-      forward_row(logits, x, outputs, slot);
-    } else {
-      write(outputs, slot, 0, 0, 0, 0, RowStatistics<A>{0, 0, 0, 0});
+void forward(const RowEntropyForward& call, const Parallel& parallel) {
+  const LogitsRows& rows = call.rows;
+  parallel(rows.all_slots(), worth_a_thread(rows.vocab_size), [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) {
+      if (const T* x = row_of<T>(rows, slot)) {
+        forward_row(rows, x, call.made, slot);
+      } else {
+        write(call.made, slot, 0, 0, 0, 0, RowStatistics<A>{0, 0, 0, 0});
+      }
     }
-  }
+  });
 }
 
 template <class T, class A = Accumulator<T>>
-void backward(const LogitsView& logits, const RowEntropyOutputs& saved, const void* grad, void* grad_values,
-              int64_t positions, int64_t columns, void* grad_log_scale, int64_t first, int64_t last) {
-  const A *entropy = static_cast<const A*>(saved.entropy), *mass = static_cast<const A*>(saved.mass);
-  for (int64_t slot = first; slot < last; ++slot) {
-    const A upstream = static_cast<const A*>(grad)[slot];
-    const T* x = row_of<T>(logits, slot);
-    static_cast<A*>(grad_log_scale)[slot] = x ? upstream * (entropy[slot] - mass[slot]) : A(0);
-    if (!x) continue;
-    T* out = gradient_row_of<T>(logits, grad_values, positions, columns, slot);
-    backward_row(logits, x, saved, upstream, slot, out);
-    std::fill(out + logits.vocab_size, out + columns, T{});
+void backward(const RowEntropyBackward& call, const Parallel& parallel) {
+  const LogitsRows& rows = call.rows;
+  const auto at = [](const void* scalars, int64_t slot) { return static_cast<const A*>(scalars)[slot]; };
+  for (int64_t slot = 0; slot < rows.all_slots(); ++slot) {
+    const A entropy = at(call.saved.entropy, slot), mass = at(call.saved.mass, slot);
+    static_cast<A*>(call.grad_log_scale)[slot] = rows.index[slot] < 0 ? A(0) : at(call.grad, slot) * (entropy - mass);
   }
+  write_rows<T>(rows, call.grad_values, parallel, [&](int64_t slot, T* out) {
+    backward_row(rows, row_of<T>(rows, slot), call.saved, at(call.grad, slot), slot, out);
+  });
 }
 
 }  // namespace
 
-extern const RowEntropyKernels row_entropy = {
-    {forward<float>, forward<bfloat16>, forward<float16>, forward<double>},
-    {backward<float>, backward<bfloat16>, backward<float16>, backward<double>}};
+extern const RowEntropy row_entropy = {{forward<float>, forward<bfloat16>, forward<float16>, forward<double>},
+                                       {backward<float>, backward<bfloat16>, backward<float16>, backward<double>}};
 
 }  // namespace mlot::MLOT_ISA

@@ -7,9 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
-#include <cstring>
+#include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "mlot/cpu/dispatch.h"
@@ -54,10 +56,11 @@ inline void* prefault_hint(const Tensor& output) {
   return reinterpret_cast<void*>(begin);
 }
 
-// How many rows are worth a thread's start.
-inline int64_t grain(int64_t columns) {
-  constexpr int64_t kElements = 32768;
-  return kElements / (columns + 1) + 1;
+// Shares work among torch's threads.
+inline Parallel threads() {
+  return [](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    if (n > 0) torch::stable::parallel_for(0, n, grain, [&](int64_t first, int64_t last) { body(first, last); });
+  };
 }
 
 // `tensor` itself or a contiguous copy. For the small tensors, such as [B, A]; never for logits.
@@ -71,16 +74,20 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarTy
   return tensor ? std::optional(dense(*tensor, dtype)) : std::nullopt;
 }
 
-// What a row operator's arguments become. Holds the contiguous copies that `view` points into; `index` and the others
+// What a row operator's arguments become. Holds the contiguous copies that `rows` points into; `index` and the others
 // are [B, A], and small.
 struct LogitsArguments {
   Tensor index;
   std::optional<Tensor> column_mask, log_scale;
-  LogitsView view;
+  std::vector<double> temperatures;
+  LogitsRows rows;
 
   LogitsArguments(const Tensor& values, const Tensor& index_, const std::optional<Tensor>& column_mask_,
-                  const std::optional<Tensor>& log_scale_, double temperature, bool standardize, int64_t vocab_size)
-      : index(dense(index_)), log_scale(dense(log_scale_, accumulator(values))) {
+                  const std::optional<Tensor>& log_scale_, std::vector<double> temperatures_, bool standardize,
+                  int64_t vocab_size)
+      : index(dense(index_)),
+        log_scale(dense(log_scale_, accumulator(values))),
+        temperatures(std::move(temperatures_)) {
     STD_TORCH_CHECK(values.dim() == 3, "values must be [B, T, V]");
     STD_TORCH_CHECK(values.size(2) <= 1 || values.stride(2) == 1, "the last dimension of values must be contiguous");
     STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= values.size(2), "vocab_size must be in 1..V");
@@ -92,42 +99,36 @@ struct LogitsArguments {
       STD_TORCH_CHECK(column_mask->dim() == 1 && column_mask->size(0) == values.size(2), "column_mask must be [V]");
     }
     STD_TORCH_CHECK(!log_scale || log_scale->numel() == index.numel(), "log_scale must be [B, A]");
+    STD_TORCH_CHECK(!temperatures.empty(), "temperatures must have at least one");
     const auto* positions = static_cast<const int64_t*>(index.const_data_ptr());
     for (int64_t slot = 0; slot < index.numel(); ++slot) {
       STD_TORCH_CHECK(positions[slot] >= -1 && positions[slot] < values.size(1), "index must be in -1..T-1");
     }
-    view = {values.const_data_ptr(),
-            values.stride(0),
-            values.stride(1),
-            positions,
-            index.size(1),
-            vocab_size,
-            column_mask ? static_cast<const bool*>(column_mask->const_data_ptr()) : nullptr,
-            log_scale ? log_scale->const_data_ptr() : nullptr,
-            temperature,
-            standardize};
+    rows = {.values = values.const_data_ptr(),
+            .batch_stride = values.stride(0),
+            .row_stride = values.stride(1),
+            .sequences = values.size(0),
+            .positions = values.size(1),
+            .width = values.size(2),
+            .index = positions,
+            .slots = index.size(1),
+            .vocab_size = vocab_size,
+            .column_mask = column_mask ? static_cast<const bool*>(column_mask->const_data_ptr()) : nullptr,
+            .log_scale = log_scale ? log_scale->const_data_ptr() : nullptr,
+            .standardize = standardize,
+            .temperatures = temperatures.data(),
+            .temperature_count = int64_t(temperatures.size())};
   }
+
+  LogitsArguments(const LogitsArguments&) = delete;  // `rows` points into its members
 };
 
-// Zeros the rows of a contiguous `output` [B, T, V] that `index` does not name; the kernel writes the others. Apart
-// from it, so that each of the two has rows of one cost for its threads.
-inline void zero_uncounted_rows(const Tensor& output, const Tensor& index) {
-  const int64_t positions = output.size(1), slots = index.size(1);
-  const int64_t bytes = output.size(2) * output.element_size();
-  std::vector<char> counted(output.size(0) * positions);
-  const auto* where = static_cast<const int64_t*>(index.const_data_ptr());
-  for (int64_t slot = 0; slot < index.numel(); ++slot) {
-    if (where[slot] >= 0) counted[slot / slots * positions + where[slot]] = 1;
-  }
-  std::vector<int64_t> rest;
-  for (size_t row = 0; row < counted.size(); ++row) {
-    if (!counted[row]) rest.push_back(row);
-  }
-  if (rest.empty()) return;
-  char* begin = static_cast<char*>(output.mutable_data_ptr());
-  torch::stable::parallel_for(0, rest.size(), grain(output.size(2)), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) std::memset(begin + rest[i] * bytes, 0, bytes);
-  });
+// The six saved scalars, dense in the accumulator's dtype.
+using SavedTensors = std::array<Tensor, 6>;
+
+inline SavedScalars<const void*> pointers(const SavedTensors& saved) {
+  const auto at = [&](int i) { return saved[i].const_data_ptr(); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
 
 }  // namespace mlot

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "rows.h"
+#include "common.h"
 
 namespace mlot {
 namespace {
@@ -29,9 +29,8 @@ Outputs rank_truncate_forward(const Tensor& values, const Tensor& index, const s
                               const std::optional<Tensor>& log_scale, const std::optional<Tensor>& given,
                               const std::vector<double>& temperatures, bool standardize, int64_t vocab_size, int64_t k,
                               const std::string& scope) {
-  const LogitsArguments logits(values, index, column_mask, log_scale, 1.0, standardize, vocab_size);
+  const LogitsArguments logits(values, index, column_mask, log_scale, temperatures, standardize, vocab_size);
   const int64_t R = int64_t(temperatures.size()), B = index.size(0), A = index.size(1);
-  STD_TORCH_CHECK(R >= 1, "temperatures must have at least one");
   STD_TORCH_CHECK(k >= 1 && (given || k <= vocab_size), "k must be in 1..vocab_size");
   STD_TORCH_CHECK(vocab_size < int64_t(1) << 32, "at most 2^32 - 1 columns");
   std::optional<Tensor> chosen;
@@ -47,7 +46,7 @@ Outputs rank_truncate_forward(const Tensor& values, const Tensor& index, const s
                slope = fresh({B, A});
   const Tensor columns = torch::stable::new_empty(
       values, of_each_row ? std::vector<int64_t>{B, A, k} : std::vector<int64_t>{B, k}, ScalarType::Long);
-  const RankTruncateForward call{rows_of(logits, values, temperatures.data(), R),
+  const RankTruncateForward call{logits.rows,
                                  chosen ? static_cast<const int64_t*>(chosen->const_data_ptr()) : nullptr,
                                  k,
                                  chosen ? (of_each_row ? RankScope::token : RankScope::sequence) : scope_of(scope),
@@ -66,7 +65,7 @@ std::tuple<Tensor, Tensor> rank_truncate_backward(
     const std::optional<Tensor>& column_mask, const Tensor& columns, const Tensor& log_probabilities,
     const Tensor& peak, const Tensor& log_total, const Tensor& expected, const Tensor& mean, const Tensor& scale,
     const Tensor& slope, const std::vector<double>& temperatures, int64_t vocab_size) {
-  const LogitsArguments logits(values, index, column_mask, std::nullopt, 1.0, false, vocab_size);
+  const LogitsArguments logits(values, index, column_mask, std::nullopt, temperatures, false, vocab_size);
   const int64_t R = int64_t(temperatures.size()), slots = index.numel();
   const Tensor chosen = checked_columns(columns, index);
   const int64_t k = chosen.size(chosen.dim() - 1);
@@ -87,7 +86,7 @@ std::tuple<Tensor, Tensor> rank_truncate_backward(
                            of_rows(mean),              of_rows(scale),            of_rows(slope)};
   const Tensor grad_values = torch::stable::new_empty(values, values.sizes());
   const Tensor grad_log_scale = torch::stable::new_empty(values, index.sizes(), accumulator(values));
-  const RankTruncateBackward call{rows_of(logits, values, temperatures.data(), R),
+  const RankTruncateBackward call{logits.rows,
                                   upstream.const_data_ptr(),
                                   upstream_mass.const_data_ptr(),
                                   static_cast<const int64_t*>(chosen.const_data_ptr()),

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "rows.h"
+#include "common.h"
 
 namespace mlot {
 namespace {
@@ -19,12 +19,12 @@ Outputs token_log_probability_forward(const Tensor& values, const Tensor& index,
                                       const std::optional<Tensor>& column_mask,
                                       const std::optional<Tensor>& log_scale, const Tensor& tokens, double temperature,
                                       bool standardize, int64_t vocab_size) {
-  const LogitsArguments logits(values, index, column_mask, log_scale, temperature, standardize, vocab_size);
+  const LogitsArguments logits(values, index, column_mask, log_scale, {temperature}, standardize, vocab_size);
   const Tensor chosen = checked_tokens(tokens, index);
   const auto fresh = [&] { return torch::stable::new_empty(values, index.sizes(), accumulator(values)); };
   const Tensor log_probability = fresh(), peak = fresh(), log_total = fresh(), expected = fresh(), mean = fresh(),
                scale = fresh(), slope = fresh();
-  const TokenForward call{rows_of(logits, values, &temperature, 1),
+  const TokenForward call{logits.rows,
                           static_cast<const int64_t*>(chosen.const_data_ptr()),
                           log_probability.mutable_data_ptr(),
                           {log_total.mutable_data_ptr(), expected.mutable_data_ptr(), peak.mutable_data_ptr(),
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> token_log_probability_backward(const Tensor& grad, co
                                                           const Tensor& log_total, const Tensor& expected,
                                                           const Tensor& mean, const Tensor& scale, const Tensor& slope,
                                                           double temperature, int64_t vocab_size) {
-  const LogitsArguments logits(values, index, column_mask, std::nullopt, temperature, false, vocab_size);
+  const LogitsArguments logits(values, index, column_mask, std::nullopt, {temperature}, false, vocab_size);
   const Tensor chosen = checked_tokens(tokens, index);
   const auto rows = [&](const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.numel() == index.numel(), "grad and what forward saved must be [B, A]");
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> token_log_probability_backward(const Tensor& grad, co
   const SavedTensors saved{rows(log_total), rows(expected), rows(peak), rows(mean), rows(scale), rows(slope)};
   const Tensor grad_values = torch::stable::new_empty(values, values.sizes());
   const Tensor grad_log_scale = torch::stable::new_empty(values, index.sizes(), accumulator(values));
-  const TokenBackward call{rows_of(logits, values, &temperature, 1),
+  const TokenBackward call{logits.rows,
                            static_cast<const int64_t*>(chosen.const_data_ptr()),
                            upstream.const_data_ptr(),
                            pointers(saved),

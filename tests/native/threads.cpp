@@ -23,28 +23,33 @@ struct Run {
   bool operator==(const Run& other) const { return gradient == other.gradient && scalars[0] == other.scalars[0]; }
 };
 
-// Calls body(first, last) over shares of the rows, one a thread.
-template <class Body>
-void share(int threads, const Body& body) {
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&, t] { body(t * kRows / threads, (t + 1) * kRows / threads); });
-  }
-  for (auto& thread : pool) thread.join();
+// Shares the rows among `threads` threads.
+mlot::Parallel among(int threads) {
+  return [threads](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+    std::vector<std::thread> pool;
+    for (int t = 0; t < threads; ++t) {
+      pool.emplace_back([&, t] { body(t * n / threads, (t + 1) * n / threads); });
+    }
+    for (auto& thread : pool) thread.join();
+  };
 }
 
-Run row_entropy(const mlot::LogitsView& logits, int threads) {
-  const mlot::RowEntropyKernels& kernels = MLOT_SELECT(row_entropy);
+Run row_entropy(const mlot::LogitsRows& rows, int threads) {
+  const mlot::RowEntropy& kernels = MLOT_SELECT(row_entropy);
   Run run;
   auto& s = run.scalars;
-  const mlot::RowEntropyOutputs outputs{s[0].data(), s[1].data(), s[2].data(), s[3].data(),
-                                        s[4].data(), s[5].data(), s[6].data(), s[7].data()};
+  kernels.forward[0]({rows,
+                      {s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(), s[5].data(), s[6].data(),
+                       s[7].data()}},
+                     among(threads));
   const std::vector<float> grad(kRows, 1);
-  share(threads, [&](int64_t first, int64_t last) { kernels.forward[0](logits, outputs, first, last); });
-  share(threads, [&](int64_t first, int64_t last) {
-    kernels.backward[0](logits, outputs, grad.data(), run.gradient.data(), kRows, kColumns, run.grad_log_scale.data(),
-                        first, last);
-  });
+  kernels.backward[0]({rows,
+                       grad.data(),
+                       {s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(), s[5].data(), s[6].data(),
+                        s[7].data()},
+                       run.gradient.data(),
+                       run.grad_log_scale.data()},
+                      among(threads));
   return run;
 }
 
@@ -56,8 +61,21 @@ int main() {
   std::mt19937 random(0);
   for (float& value : values) value = float(random() % 2000) / 100 - 10;
   for (int64_t i = 0; i < kRows; ++i) index[i] = i;
-  mlot::LogitsView logits{values.data(), kRows * kColumns, kColumns, index.data(), kRows, kColumns,
-                          nullptr,       nullptr,          1,        true};
+  const double temperature = 1;
+  const mlot::LogitsRows logits{.values = values.data(),
+                                .batch_stride = kRows * kColumns,
+                                .row_stride = kColumns,
+                                .sequences = 1,
+                                .positions = kRows,
+                                .width = kColumns,
+                                .index = index.data(),
+                                .slots = kRows,
+                                .vocab_size = kColumns,
+                                .column_mask = nullptr,
+                                .log_scale = nullptr,
+                                .standardize = true,
+                                .temperatures = &temperature,
+                                .temperature_count = 1};
   const Run alone = row_entropy(logits, 1);
   for (int threads : {2, 3}) {
     if (!(row_entropy(logits, threads) == alone)) {

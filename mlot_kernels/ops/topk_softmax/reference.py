@@ -71,9 +71,8 @@ def forward(
     peak, mean, scale, slope = row_statistics(x, standardize)
     log_q, log_total, expected = normalise(x, peak, scale, temperature)
     columns = largest(x, column_mask, k)
-    log_p = at_columns(log_q, columns, column_mask)
-    if log_scale is not None:
-        log_p = log_p + log_scale.to(log_p.dtype)[..., None]
+    log_p = log_q if log_scale is None else log_q + log_scale.to(log_q.dtype)[..., None]
+    log_p = at_columns(log_p, columns, column_mask)
     lse = peak / (temperature * scale) + log_total
     return (
         log_p.masked_fill(behind[..., None], 0),

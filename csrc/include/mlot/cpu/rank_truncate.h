@@ -1,7 +1,7 @@
 // rank_truncate and gather_columns; see mlot_kernels/ops/rank_truncate/README.md.
 #pragma once
 
-#include "mlot/cpu/logits_rows.h"
+#include "mlot/cpu/logits.h"
 
 namespace mlot {
 

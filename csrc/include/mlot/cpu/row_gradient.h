@@ -5,110 +5,94 @@
 #include <algorithm>
 #include <vector>
 
-#include "mlot/cpu/logits_rows.h"
+#include "mlot/cpu/logits.h"
 #include "mlot/cpu/row_statistics.h"
 
 namespace mlot::MLOT_ISA {
 
-constexpr int64_t kGradientChunk = 1024;  // columns whose gradient is put together in the L1 cache
+// Columns after which the kept ones among them are corrected: their gradient is still in the L1 cache.
+constexpr int64_t kGradientChunk = 1024;
 
-// What a thread needs for its rows.
-template <class A>
-struct GradientScratch {
-  struct Kept {
-    int64_t column, slot;
-    A gradient;  // what dl/dx gets there beside the softmax's part
-  };
-  std::vector<Kept> kept;
-  std::vector<A> factor, weight;  // of each temperature: 2^((x - m) factor) * weight is its part of dl/dx
-};
-
-// Copies a finished piece to the output. `stream` writes past the cache: an output that is larger than it would
-// otherwise be read before it is written, and push out what is of use. Takes any alignment of `out`.
-template <class T>
-static inline void put(const T* from, T* out, int64_t count, bool stream) {
-#ifdef __SSE2__
-  const size_t bytes = size_t(count) * sizeof(T);
-  if (stream && bytes % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
-    const char* source = reinterpret_cast<const char*>(from);
-    char* target = reinterpret_cast<char*>(out);
-    for (size_t i = 0; i < bytes; i += kVectorBytes) {
-#if defined(__AVX512F__)
-      _mm512_stream_si512((__m512i*)(target + i), _mm512_loadu_si512(source + i));
-#elif defined(__AVX2__)
-      _mm256_stream_si256((__m256i*)(target + i), _mm256_loadu_si256((const __m256i*)(source + i)));
-#else
-      _mm_stream_si128((__m128i*)(target + i), _mm_loadu_si128((const __m128i*)(source + i)));
-#endif
+// Writes all of a gradient [B, T, width]. `row(slot, out)` writes the columns of a counted row's distribution; columns
+// behind them and rows that do not count become zeros. Every thread gets its share of either kind of row.
+template <class T, class Row>
+static inline void write_rows(const LogitsRows& rows, void* grad_values, const Parallel& parallel, const Row& row) {
+  std::vector<int64_t> counted, rest;  // slots; places in [B, T]
+  std::vector<char> is_counted(rows.sequences * rows.positions);
+  const auto place = [&](int64_t slot) { return slot / rows.slots * rows.positions + rows.index[slot]; };
+  for (int64_t slot = 0; slot < rows.all_slots(); ++slot) {
+    if (rows.index[slot] >= 0) counted.push_back(slot), is_counted[place(slot)] = 1;
+  }
+  for (int64_t i = 0; i < int64_t(is_counted.size()); ++i) {
+    if (!is_counted[i]) rest.push_back(i);
+  }
+  T* const begin = static_cast<T*>(grad_values);
+  const int64_t n = int64_t(std::max(counted.size(), rest.size()));
+  parallel(n, worth_a_thread(rows.width), [&](int64_t first, int64_t last) {
+    const auto share = [&](const std::vector<int64_t>& of, int64_t end) { return end * int64_t(of.size()) / n; };
+    for (int64_t i = share(counted, first); i < share(counted, last); ++i) {
+      T* out = begin + place(counted[i]) * rows.width;
+      row(counted[i], out);
+      std::fill(out + rows.vocab_size, out + rows.width, T{});
     }
-    return;
-  }
-#else
-  (void)stream;
-#endif
-  __builtin_memcpy(out, from, size_t(count) * sizeof(T));
-}
-
-// Makes what was streamed visible to other threads.
-static inline void finish_stream() {
-#ifdef __SSE2__
-  _mm_sfence();
-#endif
-}
-
-// How many elements stand before the first one that vectors can be streamed to.
-template <class T>
-static inline int64_t elements_to_boundary(const T* out) {
-  constexpr uintptr_t kLine = 64;
-  const uintptr_t rest = reinterpret_cast<uintptr_t>(out) % kLine;
-  return rest % sizeof(T) || !rest ? 0 : int64_t((kLine - rest) / sizeof(T));
-}
-
-template <class T>
-static inline void put_zeros(T* out, int64_t count, bool stream) {
-  static const T zeros[kGradientChunk] = {};
-  int64_t n = elements_to_boundary(out);
-  for (int64_t start = 0; start < count; start += n, n = kGradientChunk) {
-    n = std::min(n, count - start);
-    put(zeros, out + start, n, stream);
-  }
+    for (int64_t i = share(rest, first); i < share(rest, last); ++i) {
+      std::fill_n(begin + rest[i] * rows.width, rows.width, T{});
+    }
+  });
 }
 
 // Whether a row of gradient has one temperature, two of which the second's 2^t is the square of the first's, or others.
 enum class Temperatures { one, squared, several };
 
-// The softmax's and the deviation's parts of n columns at x into `dx`, in the order of load_pair; room for whole tiles.
+// What every column's gradient is made of, beside what the kept ones get: with below = x - peak, it is the sum of
+// 2^(below factor_r) weight_r over the temperatures r, and (below - center) slope. At -inf it is 0.
+template <class A>
+struct DenseGradient {
+  A peak, center, slope;
+  const A *factor, *weight;
+  int64_t count;
+};
+
 // Plain: slope is 0 and all weights are finite, so that nothing more is to do for -inf.
 template <Temperatures Kind, bool Plain, class T, class A = Accumulator<T>>
-static inline void gradient_chunk(const T* x, int64_t n, A peak, A center, A slope, const A* factor, const A* weight,
-                                  int64_t count, A* dx) {
-  T pad[kTile];
-  for (int64_t i = 0; i < tiles_of(n); ++i) {
-    const T* tile = tile_at(x, n, i, pad);
+MLOT_INLINE void write_pair(const T* x, const DenseGradient<A>& dense, T* out) {
+  const Pair<A> v = load_pair(x);
+  Pair<A> g;
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < kTile; j += 2 * kWidth<A>) {
-      const Pair<A> v = load_pair(tile + j);
-      Pair<A> g;
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const Vector<A> below = v.part[h] - peak;
-        Vector<A> sum = {};
-        if constexpr (!Plain) sum = (below - center) * slope;
-        if constexpr (Kind == Temperatures::several) {
-          for (int64_t r = 0; r < count; ++r) {
-            sum += exp2_negative<A>(at_least_smallest<A>(below * factor[r])) * weight[r];
-          }
-        } else {
-          const Vector<A> e = exp2_negative<A>(at_least_smallest<A>(below * factor[0]));
-          if constexpr (Kind == Temperatures::one) sum += e * weight[0];
-          if constexpr (Kind == Temperatures::squared) sum += e * (weight[0] + e * weight[1]);
-        }
-        const auto present = VectorBits<A>(below != A(-INFINITY));
-        g.part[h] = Plain ? sum : std::bit_cast<Vector<A>>(std::bit_cast<VectorBits<A>>(sum) & present);
+  for (int h = 0; h < 2; ++h) {
+    const Vector<A> below = v.part[h] - dense.peak;
+    Vector<A> sum = {};
+    if constexpr (!Plain) sum = (below - dense.center) * dense.slope;
+    if constexpr (Kind == Temperatures::several) {
+      for (int64_t r = 0; r < dense.count; ++r) {
+        sum += exp2_negative<A>(at_least_smallest<A>(below * dense.factor[r])) * dense.weight[r];
       }
-      store_pair(g, dx + i * kTile + j);
+    } else {
+      const Vector<A> e = exp2_negative<A>(at_least_smallest<A>(below * dense.factor[0]));
+      if constexpr (Kind == Temperatures::one) sum += e * dense.weight[0];
+      if constexpr (Kind == Temperatures::squared) sum += e * (dense.weight[0] + e * dense.weight[1]);
     }
+    const auto present = VectorBits<A>(below != A(-INFINITY));
+    g.part[h] = Plain ? sum : std::bit_cast<Vector<A>>(std::bit_cast<VectorBits<A>>(sum) & present);
   }
+  if constexpr (Plain) {
+    store_pair_without_nan(g, out);
+  } else {
+    store_pair(g, out);
+  }
+}
+
+template <Temperatures Kind, bool Plain, class T, class A = Accumulator<T>>
+static inline void gradient_chunk(const T* x, int64_t n, const DenseGradient<A>& given, T* out) {
+  constexpr int64_t kStep = 2 * kWidth<A>;
+  const DenseGradient<A> dense = given;  // a copy, which `out` cannot change
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) write_pair<Kind, Plain>(x + j, dense, out + j);
+  if (j == n) return;
+  T pad[kStep] = {};
+  std::copy(x + j, x + n, pad);
+  write_pair<Kind, Plain>(pad, dense, pad);
+  std::copy(pad, pad + (n - j), out + j);
 }
 
 template <class T>
@@ -139,20 +123,26 @@ struct ScalarsOfRow {
   A peak, mean, scale, slope;
 };
 
-// Reads the row `x` once, writes `rows.width` elements of gradient to `out`, zeros beyond the distribution's columns.
-// Columns that do not exist or are not looked at pass nothing on. Returns the gradient of the row's log scale.
+template <class A>
+struct KeptColumn {
+  int64_t column, slot;
+  A gradient;  // what dl/dx gets there beside the dense part
+};
+
+// Reads the row `x` once and writes the gradient of the distribution's columns to `out`. Given columns that do not exist
+// or are not looked at pass nothing on. Returns the gradient of the row's log scale.
 template <class T, class A = Accumulator<T>>
 static inline A row_gradient(const LogitsRows& rows, const T* x, const ScalarsOfRow<A>& saved,
-                             const GradientOfRow<A>& gradient, GradientScratch<A>& scratch, T* out, bool stream) {
+                             const GradientOfRow<A>& gradient, T* out) {
   const int64_t R = rows.temperature_count;
-  auto& kept = scratch.kept;
-  kept.clear();
+  std::vector<KeptColumn<A>> kept;
+  kept.reserve(gradient.k);
   for (int64_t i = 0; i < gradient.k; ++i) {
     const int64_t column = gradient.columns[i];
     if (column < 0 || column >= rows.vocab_size || (rows.column_mask && !rows.column_mask[column])) continue;
     kept.push_back({column, i, A(0)});
   }
-  scratch.factor.resize(R), scratch.weight.resize(R);
+  std::vector<A> factors(R), weights(R);  // of each temperature: 2^(below factor) weight is its part of dl/dx
   double all_temperatures = 0, through_deviation = 0;
   for (int64_t r = 0; r < R; ++r) {
     const double scaled = rows.temperatures[r] * double(saved.scale);
@@ -169,8 +159,8 @@ static inline A row_gradient(const LogitsRows& rows, const T* x, const ScalarsOf
     all_temperatures += total;
     moment += double(saved.peak) * (lse - absent) - (total - lse) * double(saved.expected[r * saved.stride]);
     through_deviation += moment / rows.temperatures[r];
-    scratch.factor[r] = A(kLog2E / scaled);
-    scratch.weight[r] = A((lse - total) * std::exp(-double(saved.log_total[r * saved.stride])) / scaled);
+    factors[r] = A(kLog2E / scaled);
+    weights[r] = A((lse - total) * std::exp(-double(saved.log_total[r * saved.stride])) / scaled);
   }
   std::sort(kept.begin(), kept.end(), [](const auto& a, const auto& b) {
     return a.column != b.column ? a.column < b.column : a.slot < b.slot;
@@ -179,41 +169,33 @@ static inline A row_gradient(const LogitsRows& rows, const T* x, const ScalarsOf
   Temperatures kind = R == 1 ? Temperatures::one : Temperatures::several;
   if (R == 2 && rows.temperatures[0] == 2 * rows.temperatures[1]) kind = Temperatures::squared;
   if (R == 2 && rows.temperatures[1] == 2 * rows.temperatures[0]) {
-    std::swap(scratch.factor[0], scratch.factor[1]), std::swap(scratch.weight[0], scratch.weight[1]);
+    std::swap(factors[0], factors[1]), std::swap(weights[0], weights[1]);
     kind = Temperatures::squared;
   }
   const A slope = A(-double(saved.slope) * through_deviation);
   bool plain = slope == 0;
-  for (const A weight : scratch.weight) plain = plain && std::isfinite(weight);
+  for (const A weight : weights) plain = plain && std::isfinite(weight);
   const auto chunk = gradient_chunk_of<T>(kind, plain);
-  alignas(64) A dx[kGradientChunk];
-  alignas(64) T rounded[kGradientChunk];
-  size_t next = 0;
-  int64_t n = elements_to_boundary(out);
-  for (int64_t start = 0; start < rows.vocab_size; start += n, n = kGradientChunk) {
-    n = std::min(n, rows.vocab_size - start);
-    if (n == 0) continue;
-    chunk(x + start, n, saved.peak, saved.mean, slope, scratch.factor.data(), scratch.weight.data(), R, dx);
-    for (; next < kept.size() && kept[next].column < start + n; ++next) {
-      if (A(wide(x[kept[next].column])) - saved.peak == A(-INFINITY)) continue;
-      dx[position_in_pairs<T>(kept[next].column - start)] += kept[next].gradient;
-    }
-    if constexpr (std::is_same_v<T, A>) {
-      put(dx, out + start, n, stream);
-    } else {
-      if (plain) {
-        for (int64_t j = 0; j < n; j += 2 * kWidth<A>) store_pair_without_nan<T>(load_pair(dx + j), rounded + j);
-      } else {
-        for (int64_t j = 0; j < n; j += 2 * kWidth<A>) store_pair(load_pair(dx + j), rounded + j);
-      }
-      put(rounded, out + start, n, stream);
+  const DenseGradient<A> dense{saved.peak, saved.mean, slope, factors.data(), weights.data(), R};
+  for (size_t next = 0, start = 0; start < size_t(rows.vocab_size); start += kGradientChunk) {
+    const int64_t n = std::min(kGradientChunk, rows.vocab_size - int64_t(start));
+    chunk(x + start, n, dense, out + start);
+    // A kept column's gradient is made anew: the one that was written is rounded.
+    while (next < kept.size() && kept[next].column < int64_t(start) + n) {
+      const int64_t column = kept[next].column;
+      A own = 0;
+      for (; next < kept.size() && kept[next].column == column; ++next) own += kept[next].gradient;
+      const A below = A(wide(x[column])) - saved.peak;
+      if (below == A(-INFINITY)) continue;
+      own += (below - saved.mean) * slope;
+      for (int64_t r = 0; r < R; ++r) own += std::exp2(below * factors[r]) * weights[r];
+      narrow(own, out[column]);
     }
   }
-  put_zeros(out + rows.vocab_size, rows.width - rows.vocab_size, stream);
   return A(all_temperatures);
 }
 
-// All of grad_values [B, T, width], rows that do not count as zeros, and grad_log_scale [B, A].
+// All of grad_values [B, T, width] and of grad_log_scale [B, A].
 //
 // Args:
 //   gradient_of: slot -> GradientOfRow.
@@ -221,37 +203,20 @@ template <class T, class GradientOf>
 static inline void gradient_of_rows(const LogitsRows& rows, const SavedScalars<const void*>& saved, void* grad_values,
                                     void* grad_log_scale, const Parallel& parallel, const GradientOf& gradient_of) {
   using A = Accumulator<T>;
-  constexpr int64_t kStreamed = 4 << 20;  // bytes of an output that the caches would hardly keep
-  const int64_t slots = rows.all_slots();
-  std::vector<int64_t> slot_of(rows.sequences * rows.positions, -1);
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    static_cast<A*>(grad_log_scale)[slot] = 0;
-    if (rows.index[slot] >= 0) slot_of[slot / rows.slots * rows.positions + rows.index[slot]] = slot;
-  }
-  const bool stream = rows.sequences * rows.positions * rows.width * int64_t(sizeof(T)) >= kStreamed;
   const auto at = [](const void* scalars, int64_t slot) { return static_cast<const A*>(scalars)[slot]; };
-  parallel(rows.sequences * rows.positions, worth_a_thread(rows.width), [&](int64_t first, int64_t last) {
-    GradientScratch<A> scratch;
-    for (int64_t position = first; position < last; ++position) {
-      T* out = static_cast<T*>(grad_values) + position * rows.width;
-      const int64_t slot = slot_of[position];
-      if (slot < 0) {
-        put_zeros(out, rows.width, stream);
-        continue;
-      }
-      const ScalarsOfRow<A> scalars{
-          .log_total = static_cast<const A*>(saved.log_total) + slot,
-          .expected = static_cast<const A*>(saved.expected) + slot,
-          .stride = slots,
-          .peak = at(saved.peak, slot),
-          .mean = at(saved.mean, slot),
-          .scale = at(saved.scale, slot),
-          .slope = at(saved.slope, slot),
-      };
-      static_cast<A*>(grad_log_scale)[slot] =
-          row_gradient(rows, row_of<T>(rows, slot), scalars, gradient_of(slot), scratch, out, stream);
-    }
-    if (stream) finish_stream();
+  std::fill_n(static_cast<A*>(grad_log_scale), rows.all_slots(), A(0));
+  write_rows<T>(rows, grad_values, parallel, [&](int64_t slot, T* out) {
+    const ScalarsOfRow<A> scalars{
+        .log_total = static_cast<const A*>(saved.log_total) + slot,
+        .expected = static_cast<const A*>(saved.expected) + slot,
+        .stride = rows.all_slots(),
+        .peak = at(saved.peak, slot),
+        .mean = at(saved.mean, slot),
+        .scale = at(saved.scale, slot),
+        .slope = at(saved.slope, slot),
+    };
+    static_cast<A*>(grad_log_scale)[slot] =
+        row_gradient(rows, row_of<T>(rows, slot), scalars, gradient_of(slot), out);
   });
 }
 

@@ -273,11 +273,11 @@ static inline RowStatistics<A> row_statistics(const T* x, int64_t columns, bool 
 // The log-probability of one column: NaN where there is none of that number, -inf where it is not looked at, but in a
 // row with NaN. `scaled` is temperature * scale.
 template <class T, class A = Accumulator<T>>
-static inline A log_probability(const LogitsView& logits, const T* x, int64_t column, A peak, A scaled, A log_total,
+static inline A log_probability(const LogitsRows& rows, const T* x, int64_t column, A peak, A scaled, A log_total,
                                 A log_scale) {
-  if (column < 0 || column >= logits.vocab_size) return NAN;
+  if (column < 0 || column >= rows.vocab_size) return NAN;
   const A log_p = (A(wide(x[column])) - peak) / scaled - log_total + log_scale;
-  return logits.column_mask && !logits.column_mask[column] && log_p == log_p ? A(-INFINITY) : log_p;
+  return rows.column_mask && !rows.column_mask[column] && log_p == log_p ? A(-INFINITY) : log_p;
 }
 
 }  // namespace mlot::MLOT_ISA

@@ -1,7 +1,7 @@
 // The log-probability of one token in every row; see mlot_kernels/ops/token_log_probability/README.md.
 #pragma once
 
-#include "mlot/cpu/logits_rows.h"
+#include "mlot/cpu/logits.h"
 
 namespace mlot {
 
