@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.targets import Target, load
 from mlot_kernels.backends import BACKENDS
 from mlot_kernels.registry import OPERATORS
 
@@ -77,6 +78,11 @@ class Suite:
     logits: int = 0
 
     @property
+    def directions(self) -> tuple[str, ...]:
+        """The last one is the call as users make it."""
+        return DIRECTIONS if self.leaves else ("forward",)
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """Those that have every operator, and ``"auto"`` where others have some of them, so that users get a mixture.
 
@@ -120,7 +126,7 @@ class Measurement:
     @property
     def whole(self) -> bool:
         """The call as a user makes it, with all that it holds at a time."""
-        return self.direction == ("both" if self.suite.leaves else "forward") and self.threads != 1
+        return self.direction == self.suite.directions[-1] and self.threads != 1
 
     def traffic(self, *inputs: Tensor) -> int:
         """Bytes that must move in this direction."""
@@ -138,18 +144,45 @@ def plan(suite: Suite, kind: str, device: str, cores: int) -> Iterator[Measureme
     ``"quick"`` measures the first size in float32 in all directions, and both directions together in bfloat16 and on
     one thread; the other sizes in float32, both directions together. What takes long is measured less: compiled peers
     at the first size on two threads, the reference, which is not made to be fast, in both directions together on two.
-    ``"full"`` measures everything.
+    To these comes what ``targets.json`` asks for. ``"full"`` measures everything.
     """
+    everything = list(_everything(suite, kind, device, cores))
+    if kind == "full":
+        yield from everything
+        return
+    first, usual = everything[0].size, suite.directions[-1]
+    most = everything[-1].threads
+
+    def in_quick(measurement: Measurement) -> bool:
+        rare = (measurement.direction != usual) + (measurement.threads != most)
+        return _in_quick(measurement, measurement.size == first, rare)
+
+    yield from filter(in_quick, everything)
+    targets = [target for target in load() if (target.subject, target.device) == (suite.subject, device)]
+    for measurement in _everything(suite, "full", device, cores):
+        taken = measurement in everything and in_quick(measurement)
+        if not taken and any(_serves(measurement, target) for target in targets):
+            yield measurement
+
+
+def _everything(suite: Suite, kind: str, device: str, cores: int) -> Iterator[Measurement]:
     sizes = (suite.gpu_sizes if device == "cuda" else suite.sizes)[kind]
     threads: tuple[int | None, ...] = (None,) if device == "cuda" else tuple(sorted({1, min(2, cores)}))
-    directions = DIRECTIONS if suite.leaves else ("forward",)
     peers = (name for name, peer in suite.peers.items() if kind == "full" or not peer.only_full)
     contenders = (*suite.backends, *peers)
-    for size, dtype, direction, n, contender in itertools.product(sizes, DTYPES, directions, threads, contenders):
-        measurement = Measurement(suite, contender, tuple(size.items()), dtype, direction, device, n)
-        rare = (direction != directions[-1]) + (n != threads[-1])
-        if kind == "full" or _in_quick(measurement, size is sizes[0], rare):
-            yield measurement
+    for size, dtype, direction, n, contender in itertools.product(sizes, DTYPES, suite.directions, threads, contenders):
+        yield Measurement(suite, contender, tuple(size.items()), dtype, direction, device, n)
+
+
+def _serves(measurement: Measurement, target: Target) -> bool:
+    """Whether ``target`` cannot be judged without this measurement."""
+    identity = measurement.identity
+    return (
+        measurement.contender in (*target.contenders, target.against)
+        and (identity["dtype"], measurement.direction) == (target.dtype, target.direction)
+        and measurement.threads == target.threads
+        and target.size.items() <= identity["size"].items()
+    )
 
 
 def _in_quick(measurement: Measurement, first_size: bool, rare: int) -> bool:

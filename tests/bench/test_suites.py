@@ -14,6 +14,7 @@ from bench import memory
 from bench.check import CheckFailed, check
 from bench.measure import runs, sets_of_inputs
 from bench.suite import DIRECTIONS, Measurement, Peer, nbytes, plan
+from bench.targets import load
 from mlot_kernels.registry import OPERATORS
 
 SUBJECTS = sorted(
@@ -112,8 +113,22 @@ def test_plans(subject):
     assert {m.contender for m in full} == {*suite.backends, *suite.peers}
     in_quick = {name for name, peer in suite.peers.items() if not peer.only_full}
     assert {m.contender for m in quick} == {*suite.backends, *in_quick}
+    assert len(set(quick)) == len(quick)
     assert all(m.threads is None for m in plan(suite, "quick", "cuda", 2))
     assert {m.threads for m in plan(suite, "quick", "cpu", 1)} == {1}
+
+
+@pytest.mark.parametrize("target", [target for target in load() if target.device == "cpu"], ids=lambda t: t.name)
+def test_the_quick_suite_can_judge_every_target(target):
+    suite = suite_of(target.subject)
+    measured = [
+        m.contender
+        for m in plan(suite, "quick", "cpu", 2)
+        if (str(m.dtype), m.direction, m.threads) == (f"torch.{target.dtype}", target.direction, target.threads)
+        and target.size.items() <= dict(m.size).items()
+    ]
+    assert set(target.contenders) & set(suite.backends) <= set(measured)
+    assert target.against is None or target.against in measured
 
 
 def test_traffic_of_both_is_the_sum():
