@@ -3,10 +3,20 @@ import sys
 import pytest
 import torch
 
-from mlot_kernels import Logits, Ranked, Rows, gather_columns, match_columns, pair, rank_truncate
+from mlot_kernels import Logits, Ranked, Rows, gather_columns, match_columns, native, pair, rank_truncate, use_backend
 from tests.properties import given, st
 
 METHODS = ("greedy", "optimal")
+BACKENDS = ["reference"] + ["cpu"] * (native.MISSING["cpu"] is None)
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is missing")
+
+
+@pytest.fixture(params=BACKENDS)
+def backends(request):
+    """Each in turn; the other operators that these tests call have them all, too."""
+    with use_backend(request.param):
+        yield request.param
 
 
 def costs(student, teacher):
@@ -35,8 +45,9 @@ def ranked(log_p):
     return Ranked(log_p[None], torch.zeros_like(log_p.sum(-2), dtype=torch.int64), torch.zeros_like(log_p.sum(-1)))
 
 
+@on_every_backend
 @given(st.integers(0, 10_000), st.data())
-def test_equals_a_plain_loop_and_scipy(seed, data):
+def test_equals_a_plain_loop_and_scipy(backend, seed, data):
     optimize = pytest.importorskip("scipy.optimize", reason="SciPy is the oracle here")
     generator = torch.Generator().manual_seed(seed)
     B, T, V = (data.draw(st.integers(1, most)) for most in (3, 5, 12))
@@ -47,7 +58,8 @@ def test_equals_a_plain_loop_and_scipy(seed, data):
     teacher = torch.randn(B, T, k + 3, generator=generator, dtype=torch.float64).log_softmax(-1)[..., :k]
     temperature = data.draw(st.floats(0.3, 3))
     greedy, optimal = (
-        match_columns(Logits(x, rows, temperature), ranked(teacher), method=method) for method in METHODS
+        match_columns(Logits(x, rows, temperature), ranked(teacher), method=method, backend=backend)
+        for method in METHODS
     )
     for b in range(B):
         n = int(rows.count[b])
@@ -57,6 +69,57 @@ def test_equals_a_plain_loop_and_scipy(seed, data):
         assert len(set(optimal[b].tolist())) == k
         torch.testing.assert_close(total(D, optimal[b]), least)
         assert total(D, optimal[b]) <= total(D, greedy[b]) + 1e-12
+
+
+# Columns below, at and above a block and a panel; rows below, at and above a partial sum; k below and above a tile.
+@needs_cpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("rows", "width", "k"), [(1, 1, 1), (3, 255, 4), (64, 256, 5), (65, 257, 16), (7, 530, 33)], ids=str
+)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float64), (torch.bfloat16, torch.float64), (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_odd_sizes_and_mixed_dtypes_equal_the_definition(dtypes, rows, width, k, method):
+    x = (2 * torch.randn(2, rows, width)).to(dtypes[0])
+    teacher = torch.randn(2, rows, k + 2).log_softmax(-1)[..., :k].to(dtypes[1])
+    cpu, plain = (match_columns(x, ranked(teacher), method=method, backend=backend) for backend in BACKENDS[::-1])
+    for b in range(2):
+        D = costs(x[b].double().softmax(-1), teacher[b].double().exp())
+        assert len(set(cpu[b].tolist())) == k
+        torch.testing.assert_close(total(D, cpu[b]), total(D, plain[b]), rtol=1e-5, atol=1e-6)
+
+
+@needs_cpu
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_and_batch_mates_change_no_column(method):
+    x, teacher = torch.zeros(3, 9, 1500), torch.randn(3, 9, 40).log_softmax(-1)
+    x[:, :, ::7] = torch.randn(3, 9, 215)  # the others tie
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(match_columns(x, ranked(teacher), method=method, backend="cpu"))
+            alone = [match_columns(x[b : b + 1], ranked(teacher[b : b + 1]), method=method) for b in range(3)]
+            found.append(torch.cat(alone))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
+@needs_cpu
+def test_the_greedy_choice_is_that_of_the_costs():
+    """Ties within a block, across blocks, and in blocks that have lost their cheapest column."""
+    x = torch.zeros(1, 2, 1100)
+    x[..., 300], x[..., 900] = 3, 3
+    x[..., [5, 700]] = 1
+    teacher = torch.tensor([0.017, 0.017, 0.017, 0.0023, 0.0023, 0.0023, 0.0]).log().expand(1, 2, 7)
+    columns = match_columns(x, ranked(teacher), backend="cpu")
+    D = torch.ops.mlot_cpu.match_columns_costs(x, torch.arange(2)[None], None, None, 1.0, False, 1100, teacher)
+    assert columns[0].tolist() == by_a_loop(D[0]) == [300, 900, 5, 700, 0, 1, 2]
 
 
 def test_optimal_never_costs_more_than_each_side_by_its_own_sums():
@@ -76,6 +139,7 @@ def test_optimal_is_cheaper_where_greed_pays_later():
     assert match_columns(s.log(), ranked(t.log()), method="optimal").tolist() == [[1, 0]]
 
 
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_permuted_copy_is_found(method, dtype):
@@ -88,6 +152,7 @@ def test_a_permuted_copy_is_found(method, dtype):
     assert torch.equal(match_columns(teacher, t, method=method), t.columns)
 
 
+@pytest.mark.usefixtures("backends")
 def test_the_lower_index_comes_first_among_equals():
     x = torch.zeros(1, 3, 9)
     x[..., 4] = 1
@@ -97,6 +162,7 @@ def test_the_lower_index_comes_first_among_equals():
     assert match_columns(x, teacher).tolist() == [[1, 2, 3]]
 
 
+@pytest.mark.usefixtures("backends")
 def test_rows_that_do_not_count_take_no_part():
     x, teacher = torch.randn(2, 4, 12), torch.randn(2, 4, 5).log_softmax(-1)
     rows = Rows.from_mask(torch.tensor([[True, False, True, False], [True] * 4]))
@@ -110,6 +176,7 @@ def test_rows_that_do_not_count_take_no_part():
         assert torch.equal(columns[1:], match_columns(x[1:], ranked(teacher[1:]), method=method))
 
 
+@pytest.mark.usefixtures("backends")
 def test_takes_the_rows_that_pair_returns():
     student, teacher = torch.randn(2, 6, 20), torch.randn(2, 7, 25)
     rows = [Rows.from_mask(torch.rand(2, T) < 0.8, spans="one") for T in (6, 7)]
@@ -122,6 +189,7 @@ def test_takes_the_rows_that_pair_returns():
         assert columns[b].tolist() == by_a_loop(costs(s, t.log_probabilities[0, b, :n].exp()))
 
 
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("method", METHODS)
 def test_only_columns_that_are_looked_at_are_taken(method):
     x, teacher = torch.randn(1, 3, 12), ranked(torch.randn(1, 3, 4).log_softmax(-1))
@@ -134,6 +202,7 @@ def test_only_columns_that_are_looked_at_are_taken(method):
     assert gather_columns(x, columns).log_probabilities[0, 0].isnan().sum(-1).tolist() == [3, 3, 3]
 
 
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_field_of_logits(method):
     optimize = pytest.importorskip("scipy.optimize", reason="SciPy is the oracle here")
@@ -152,6 +221,7 @@ def test_every_field_of_logits(method):
         assert set(matched[b].tolist()) <= set(free.tolist())
 
 
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_nan_leaves_its_sequence_without_columns(method, side):
@@ -164,6 +234,7 @@ def test_a_nan_leaves_its_sequence_without_columns(method, side):
     assert gather_columns(x, columns).log_probabilities[0].isnan().flatten(1).all(1).tolist() == [True, False]
 
 
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("method", METHODS)
 def test_probabilities_of_zero_are_compared_as_such(method):
     x, teacher = torch.randn(1, 3, 8), torch.randn(1, 3, 3).log_softmax(-1)
@@ -173,6 +244,7 @@ def test_probabilities_of_zero_are_compared_as_such(method):
     assert columns[1:] == [4, 5] or (method == "optimal" and set(columns[1:]) <= {4, 5, 6, 7})
 
 
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_counted_row_the_first_columns_are_taken(method):
     x = torch.full((2, 3, 7), float("nan"))
@@ -185,6 +257,7 @@ def test_without_a_counted_row_the_first_columns_are_taken(method):
     assert match_columns(torch.zeros(2, 0, 7), ranked(torch.zeros(2, 0, 2)), method=method).tolist() == [[0, 1]] * 2
 
 
+@pytest.mark.usefixtures("backends")
 def test_one_sequence_loses_its_batch_dimension():
     x, y = torch.randn(4, 9), torch.randn(4, 11)
     for method in METHODS:
@@ -192,6 +265,7 @@ def test_one_sequence_loses_its_batch_dimension():
         assert torch.equal(flat, match_columns(x[None], rank_truncate(y[None], k=3), method=method)[0])
 
 
+@pytest.mark.usefixtures("backends")
 def test_only_the_first_temperature_is_compared():
     x, y = torch.randn(2, 4, 9), torch.randn(2, 4, 11)
     plain, more = (rank_truncate(Logits(y, temperature=0.5), k=3, also_at=also_at) for also_at in ((), (3.0, 9.0)))

@@ -1,22 +1,131 @@
 import pytest
 import torch
 
-from mlot_kernels import pairwise_cost
+from mlot_kernels import native, pairwise_cost, use_backend
 from mlot_kernels.ops.pairwise_cost import reference
+from mlot_kernels.transport import METRICS
+
+BACKENDS = ["reference"] + ["cpu"] * (native.MISSING["cpu"] is None)
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is missing")
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def gradients(x, y, grad, **options):
+    x, y = x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
+    cost = pairwise_cost(x, y, **options)
+    return cost.detach(), *torch.autograd.grad(cost, (x, y), grad)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(6, 4, 9), (1, 1, 1), (5, 33, 1), (1, 17, 64), (9, 16, 65), (37, 47, 130)], ids=str)
 @pytest.mark.parametrize(
     ("metric", "scipys"),
     [("l1", "cityblock"), ("l2", "euclidean"), ("sqeuclidean", "sqeuclidean"), ("cosine", "cosine")],
 )
-def test_equals_scipy(metric, scipys):
+def test_equals_scipy(metric, scipys, sizes, dtype):
     distance = pytest.importorskip("scipy.spatial.distance", reason="SciPy is the oracle here")
-    x, y = torch.randn(2, 6, 9, dtype=torch.float64), torch.randn(2, 4, 9, dtype=torch.float64)
-    expected = [distance.cdist(a, b, scipys) for a, b in zip(x.numpy(), y.numpy(), strict=True)]
+    M, N, D = sizes
+    x, y = torch.randn(2, M, D).to(dtype), torch.randn(2, N, D).to(dtype)
+    cost = pairwise_cost(x, y, metric=metric)
     for b in range(2):
-        torch.testing.assert_close(pairwise_cost(x, y, metric=metric)[b], torch.tensor(expected[b]))
+        expected = torch.tensor(distance.cdist(x[b].double().numpy(), y[b].double().numpy(), scipys))
+        torch.testing.assert_close(cost[b], expected.to(cost.dtype), atol=2e-6, rtol=1e-6)
 
 
+# Whole panels and slabs, and one more or less of each; 300 rows are several slabs, and 4096 features many partial sums.
+@needs_cpu
+@pytest.mark.parametrize("sizes", [(32, 16, 16), (33, 17, 17), (31, 15, 15), (300, 5, 8), (3, 70, 4096)], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_odd_sizes_equal_the_definition(metric, sizes):
+    M, N, D = sizes
+    x, y = ((torch.rand(2, rows, D) + 0.05).double() for rows in (M, N))
+    grad = torch.randn(2, M, N, dtype=torch.float64)
+    expected = gradients(x, y, grad, metric=metric, backend="reference")
+    for ours, theirs in zip(gradients(x, y, grad, metric=metric, backend="cpu"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    found = gradients(x.float(), y.float(), grad.float(), metric=metric, backend="cpu")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("sizes", [(2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0), (0, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_empty_dimensions(metric, sizes):
+    B, M, N, D = sizes
+    x, y = torch.full((B, M, D), float("nan")), torch.full((B, N, D), float("nan"))
+    cost, *found = gradients(x, y, torch.ones(B, M, N), metric=metric)
+    assert cost.shape == (B, M, N)
+    assert (cost == (1 if metric == "cosine" else 0)).all()  # no features: an empty sum
+    for x_or_y, gradient in zip((x, y), found, strict=True):
+        assert gradient.shape == x_or_y.shape
+        assert (gradient == 0).all()
+
+
+@needs_cpu
+@pytest.mark.parametrize("problems", [1, 2, 5])
+@pytest.mark.parametrize("metric", METRICS)
+def test_threads_and_batch_mates_change_no_bit(metric, problems):
+    x, y = torch.rand(problems, 150, 19), torch.rand(problems, 41, 19)
+    grad = torch.randn(problems, 150, 41)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(gradients(x, y, grad, metric=metric, backend="cpu"))
+            alone = gradients(x[:1], y[:1], grad[:1], metric=metric, backend="cpu")
+            results.append(tuple(torch.cat((part, whole[1:])) for part, whole in zip(alone, results[-1], strict=True)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize("metric", METRICS)
+def test_strides_change_no_bit(metric):
+    x, y, grad = torch.rand(2, 9, 21), torch.rand(2, 13, 21), torch.randn(2, 9, 13)
+    expected = gradients(x, y, grad, metric=metric, backend="cpu")
+    wide = torch.rand(2, 9, 50)
+    wide[..., 3:45:2] = x
+    views = wide[..., 3:45:2], y.mT.contiguous().mT
+    cost = pairwise_cost(*views, metric=metric, backend="cpu")
+    found = torch.ops.mlot_cpu.pairwise_cost_backward(grad, *views, metric, True, True)
+    for ours, theirs in zip((cost, *found), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_cpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0, 1e-30])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("metric", METRICS)
+def test_special_values_are_the_definitions(metric, side, value):
+    sides = [torch.rand(1, 6, 11) + 0.05, torch.rand(1, 18, 11) + 0.05]
+    sides[side][0, 2, 3] = value
+    sides[1][0, 4] = sides[0][0, 5]  # a tie in all features
+    sides[1][0, 7, 3] = sides[0][0, 2, 3]
+    grad = torch.randn(1, 6, 18)
+    grad[0, 1, 5], grad[0, 5, 4] = 0, 3
+    expected = gradients(*sides, grad, metric=metric, backend="reference")
+    for ours, theirs in zip(gradients(*sides, grad, metric=metric, backend="cpu"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@needs_cpu
+def test_the_sign_of_a_difference_below_the_normal_numbers():
+    x, y = torch.tensor([[[1e-40, 0.0, -0.0]]]), torch.tensor([[[0.0, 1e-40, 0.0]]])
+    _, for_x, for_y = gradients(x, y, torch.ones(1, 1, 1), metric="l1", backend="cpu")
+    assert for_x.tolist() == [[[1, -1, 0]]]
+    assert for_y.tolist() == [[[-1, 1, 0]]]
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("metric", "p"), [("l1", 1.0), ("l2", 2.0)])
 def test_gradient_equals_torchs_cdist_at_ties_too(metric, p):
     x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
@@ -30,6 +139,7 @@ def test_gradient_equals_torchs_cdist_at_ties_too(metric, p):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("backend")
 def test_cross_entropy_is_torchs():
     x, y = torch.randn(1, 3, 7).softmax(-1), torch.randn(1, 4, 7).softmax(-1)
     x[0, 0, 2] = y[0, 1, 2] = 0
@@ -39,6 +149,7 @@ def test_cross_entropy_is_torchs():
     assert expected.isfinite().all()
 
 
+@pytest.mark.usefixtures("backend")
 def test_an_infinite_cost_that_nothing_needs_passes_no_gradient():
     x = torch.tensor([[[0.5, 0.5]]], requires_grad=True)
     y = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]], requires_grad=True)
@@ -49,6 +160,7 @@ def test_an_infinite_cost_that_nothing_needs_passes_no_gradient():
     assert y.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_side_that_needs_no_gradient_gets_none():
     x, y = torch.randn(1, 2, 3), torch.randn(1, 4, 3, requires_grad=True)
     pairwise_cost(x, y).sum().backward()
@@ -56,6 +168,7 @@ def test_a_side_that_needs_no_gradient_gets_none():
     assert y.grad is not None
 
 
+@pytest.mark.usefixtures("backend")
 def test_the_two_sides_may_differ_in_dtype():
     x, y = torch.randn(1, 2, 3, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 4, 3, dtype=torch.float64)
     cost = pairwise_cost(x, y)

@@ -8,11 +8,33 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
+from mlot_kernels.native import native
 from mlot_kernels.ops.match_columns import reference
 from mlot_kernels.registry import plain_operator
 
-FORWARD = {"reference": reference.match_columns}
+_greedy, _costs = (native("cpu", f"match_columns_{name}") for name in ("greedy", "costs"))
+
+
+@torch.no_grad()
+def _on_cpu(*arguments: Any) -> Tensor:
+    """Costs and the greedy choice in C++; an assignment is SciPy's, of one sequence's costs at a time."""
+    values, index, column_mask, log_scale, *options, teacher, method = arguments
+    if method == "greedy":
+        return _greedy(values, index, column_mask, log_scale, *options, teacher)
+    columns = index.new_empty((teacher.shape[0], teacher.shape[2]))
+    for b, one in enumerate(columns):
+        scale = None if log_scale is None else log_scale[b : b + 1]
+        cost = _costs(values[b : b + 1], index[b : b + 1], column_mask, scale, *options, teacher[b : b + 1])
+        one.copy_(reference.assignment(cost[0]))
+    return columns
+
+
+FORWARD = {
+    "reference": reference.match_columns,
+    "cpu": refusing(_on_cpu, getattr(_greedy, "refuses", lambda *_: None)),
+}
 
 
 def _fake(values: Tensor, index: Tensor, *rest: Any) -> Tensor:

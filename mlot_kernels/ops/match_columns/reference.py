@@ -49,16 +49,25 @@ def greedy(D: Tensor) -> Tensor:
 
 def optimal(D: Tensor) -> Tensor:
     """The columns ``[B, k]``."""
+    columns = [assignment(cost) for cost in D.double().cpu()]
+    return torch.stack(columns).to(D.device) if columns else D.new_empty(D.shape[:2], dtype=torch.int64)
+
+
+def assignment(cost: Tensor) -> Tensor:
+    """The columns ``[k]`` of one sequence, whose costs ``[k, vocab_size]`` are on the CPU."""
+    linear_sum_assignment = _scipys_assignment()
+    columns, costs = torch.full(cost.shape[:1], -1), cost.numpy()
+    (free,) = (costs[0] < float("inf")).nonzero()  # none where all are NaN
+    rows, chosen = linear_sum_assignment(costs[:, free])
+    columns[torch.from_numpy(rows)] = torch.from_numpy(free[chosen])
+    return columns
+
+
+def _scipys_assignment() -> Any:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError(
             "method='optimal' needs SciPy: pip install 'mlot-kernels[optimal]'; or pass method='greedy'"
         ) from error
-    columns = torch.full(D.shape[:2], -1)
-    for b, cost in enumerate(D.double().cpu()):
-        if not cost.isnan().any():
-            free = cost[0].isfinite().nonzero().squeeze(1)
-            rows, chosen = linear_sum_assignment(cost[:, free].numpy())
-            columns[b, torch.from_numpy(rows)] = free[torch.from_numpy(chosen)]
-    return columns.to(D.device)
+    return linear_sum_assignment

@@ -1,0 +1,160 @@
+// pairwise_cost on a CPU; compiled once per instruction set.
+#include "mlot/cpu/pairwise_cost.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "mlot/cpu/pairwise.h"
+
+namespace mlot::MLOT_ISA {
+namespace {
+
+// Calls body with a null pointer to the element type of `dtype`.
+template <class Body>
+void with_type(int dtype, const Body& body) {
+  if (dtype == 0) body(static_cast<float*>(nullptr));
+  if (dtype == 1) body(static_cast<bfloat16*>(nullptr));
+  if (dtype == 2) body(static_cast<float16*>(nullptr));
+  if (dtype == 3) body(static_cast<double*>(nullptr));
+}
+
+// Rows [first, last) of problem b.
+template <class A>
+void read(const FeatureRows& side, int64_t width, int64_t b, int64_t first, int64_t last, Features<A>& features) {
+  with_type(side.dtype, [&]<class T>(T*) {
+    const T* from = static_cast<const T*>(side.values) + b * side.problem_stride + first * side.row_stride;
+    features.read(from, last - first, width, side.row_stride, side.column_stride);
+  });
+}
+
+template <class A>
+void write_gradient(const FeatureRows& side, int64_t b, int64_t first, const Features<A>& features, const A* sums,
+                    void* grad) {
+  with_type(side.dtype, [&]<class T>(T*) {
+    features.write_gradient(sums, static_cast<T*>(grad) + (b * side.rows + first) * features.width());
+  });
+}
+
+void write_zeros(const FeaturePairs& pairs, const FeatureRows& side, void* grad) {
+  with_type(side.dtype,
+            [&]<class T>(T*) { std::fill_n(static_cast<T*>(grad), pairs.problems * side.rows * pairs.width, T{}); });
+}
+
+// Rows of x that are one piece of work. Depends on the problem's size alone, as backward adds up the gradient of y slab
+// by slab: at least 32, so that adding is little beside making, and at most 16 slabs, whose sums are kept.
+int64_t slab_rows(int64_t rows) {
+  constexpr int64_t kFewest = 32, kMostSlabs = 16;
+  const int64_t share = (rows + kMostSlabs - 1) / kMostSlabs;
+  return std::max(kFewest, (share + kTileRows - 1) / kTileRows * kTileRows);
+}
+
+int64_t slabs_of(int64_t rows) { return (rows + slab_rows(rows) - 1) / slab_rows(rows); }
+
+// How many slabs are worth a thread's start.
+int64_t slabs_worth_a_thread(const FeaturePairs& pairs) {
+  constexpr int64_t kTerms = 1 << 18;
+  return kTerms / (slab_rows(pairs.x.rows) * (pairs.y.rows + 1) * (pairs.width + 1)) + 1;
+}
+
+// A thread owns slabs of rows of the cost. It makes the features of y ready once for each problem that it meets.
+template <class A>
+void forward(const PairwiseCostForward& call, const Parallel& parallel) {
+  const FeaturePairs& pairs = call.pairs;
+  const int64_t M = pairs.x.rows, N = pairs.y.rows, slab = slab_rows(M), slabs = slabs_of(M);
+  parallel(pairs.problems * slabs, slabs_worth_a_thread(pairs), [&](int64_t first, int64_t last) {
+    Features<A> x(pairs.metric, Role::row), y(pairs.metric, Role::column);
+    for (int64_t task = first, ready = -1; task < last; ++task) {
+      const int64_t b = task / slabs, start = task % slabs * slab, end = std::min(start + slab, M);
+      if (b != ready) read(pairs.y, pairs.width, b, 0, N, y);
+      ready = b;
+      read(pairs.x, pairs.width, b, start, end, x);
+      cost_rows(x, 0, end - start, y, static_cast<A*>(call.cost) + (b * M + start) * N, N);
+    }
+  });
+}
+
+// What a thread works with in backward. Its x is one slab.
+template <class A>
+struct BackwardScratch {
+  Features<A> x, y;
+  std::vector<A> x_sums, weights;
+
+  explicit BackwardScratch(Metric metric) : x(metric, Role::row), y(metric, Role::column) {}
+};
+
+// Writes the slab's rows of grad_x, and to y_sums, where that is not null, what they pass on to y.
+template <class A>
+void backward_slab(const PairwiseCostBackward& call, int64_t b, int64_t slab, BackwardScratch<A>& scratch, A* y_sums) {
+  const FeaturePairs& pairs = call.pairs;
+  const int64_t M = pairs.x.rows, N = pairs.y.rows, first = slab * slab_rows(M),
+                last = std::min(first + slab_rows(M), M);
+  auto& [x, y, x_sums, weights] = scratch;
+  read(pairs.x, pairs.width, b, first, last, x);
+  const A* weight = static_cast<const A*>(call.grad) + (b * M + first) * N;
+  if (pairs.metric == Metric::l2) {
+    weights.resize((last - first) * N);
+    cost_rows(x, 0, last - first, y, weights.data(), N);
+    l2_weights(weight, weights.data(), (last - first) * N, weights.data());
+    weight = weights.data();
+  }
+  if (call.grad_x) x_sums.assign(x.sums_size(), A(0));
+  if (y_sums) std::fill_n(y_sums, y.sums_size(), A(0));
+  cost_backward_rows(x, 0, last - first, y, weight, N, call.grad_x ? x_sums.data() : nullptr, y_sums);
+  if (call.grad_x) write_gradient(pairs.x, b, first, x, x_sums.data(), call.grad_x);
+}
+
+// Threads share problems where there are enough of them, else slabs. The sums for y of a problem's slabs are added in
+// their order either way.
+template <class A>
+void backward(const PairwiseCostBackward& call, const Parallel& parallel) {
+  const FeaturePairs& pairs = call.pairs;
+  const int64_t N = pairs.y.rows, slabs = slabs_of(pairs.x.rows);
+  if (pairs.x.rows == 0 || N == 0 || pairs.width == 0) {
+    if (call.grad_x) write_zeros(pairs, pairs.x, call.grad_x);
+    if (call.grad_y) write_zeros(pairs, pairs.y, call.grad_y);
+    return;
+  }
+  const auto add = [](const std::vector<A>& part, std::vector<A>& total) {
+    for (size_t i = 0; i < total.size(); ++i) total[i] += part[i];
+  };
+  const int64_t grain = slabs_worth_a_thread(pairs);
+  if (pairs.problems >= call.threads) {
+    parallel(pairs.problems, (grain + slabs - 1) / slabs, [&](int64_t first, int64_t last) {
+      BackwardScratch<A> scratch(pairs.metric);
+      std::vector<A> part, total;
+      for (int64_t b = first; b < last; ++b) {
+        read(pairs.y, pairs.width, b, 0, N, scratch.y);
+        if (call.grad_y) part.resize(scratch.y.sums_size()), total.assign(part.size(), A(0));
+        for (int64_t slab = 0; slab < slabs; ++slab) {
+          backward_slab(call, b, slab, scratch, call.grad_y ? part.data() : nullptr);
+          add(part, total);
+        }
+        if (call.grad_y) write_gradient(pairs.y, b, 0, scratch.y, total.data(), call.grad_y);
+      }
+    });
+    return;
+  }
+  std::vector<std::vector<A>> parts(slabs);
+  for (int64_t b = 0; b < pairs.problems; ++b) {
+    parallel(slabs, grain, [&](int64_t first, int64_t last) {
+      BackwardScratch<A> scratch(pairs.metric);
+      read(pairs.y, pairs.width, b, 0, N, scratch.y);
+      for (int64_t slab = first; slab < last; ++slab) {
+        if (call.grad_y) parts[slab].resize(scratch.y.sums_size());
+        backward_slab(call, b, slab, scratch, call.grad_y ? parts[slab].data() : nullptr);
+      }
+    });
+    if (!call.grad_y) continue;
+    Features<A> y(pairs.metric, Role::column);
+    read(pairs.y, pairs.width, b, 0, N, y);
+    std::vector<A> total(parts[0].size(), A(0));
+    for (const auto& part : parts) add(part, total);
+    write_gradient(pairs.y, b, 0, y, total.data(), call.grad_y);
+  }
+}
+
+}  // namespace
+
+extern const PairwiseCost pairwise_cost = {{forward<float>, forward<double>}, {backward<float>, backward<double>}};
+
+}  // namespace mlot::MLOT_ISA
