@@ -9,15 +9,6 @@
 namespace mlot::MLOT_ISA {
 namespace {
 
-// Calls body with a null pointer to the element type of `dtype`.
-template <class Body>
-void with_type(int dtype, const Body& body) {
-  if (dtype == 0) body(static_cast<float*>(nullptr));
-  if (dtype == 1) body(static_cast<bfloat16*>(nullptr));
-  if (dtype == 2) body(static_cast<float16*>(nullptr));
-  if (dtype == 3) body(static_cast<double*>(nullptr));
-}
-
 // Rows [first, last) of problem b.
 template <class A>
 void read(const FeatureRows& side, int64_t width, int64_t b, int64_t first, int64_t last, Features<A>& features) {

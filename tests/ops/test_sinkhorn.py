@@ -1,10 +1,13 @@
 import pytest
 import torch
 
-from mlot_kernels import sinkhorn
+from mlot_kernels import native, sinkhorn
 from mlot_kernels.ops.sinkhorn import reference
 from mlot_kernels.transport import DOMAINS
 from tests.properties import given, st
+
+needs_cpu = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
+by_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
 
 
 def published_loop(cost: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
@@ -16,12 +19,13 @@ def published_loop(cost: torch.Tensor, epsilon: float, iterations: int) -> torch
     return plan
 
 
+@by_backend
 @pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize(("M", "N"), [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)])
-def test_unit_marginals_equal_autograd_of_the_plain_loop(domain, M, N):
+def test_unit_marginals_equal_autograd_of_the_plain_loop(backend, domain, M, N):
     cost = torch.rand(2, M, N, dtype=torch.float64)
     ours, loop = cost.clone().requires_grad_(), cost.clone().requires_grad_()
-    solved = sinkhorn(ours, marginals="unit", domain=domain, return_plan=True)
+    solved = sinkhorn(ours, marginals="unit", domain=domain, return_plan=True, backend=backend)
     plan = published_loop(loop, 0.1, 20)
     torch.testing.assert_close(solved.plan, plan)
     torch.testing.assert_close(solved.cost, (plan * loop).sum((1, 2)))
@@ -30,9 +34,10 @@ def test_unit_marginals_equal_autograd_of_the_plain_loop(domain, M, N):
     torch.testing.assert_close(ours.grad, loop.grad, rtol=1e-8, atol=1e-10)
 
 
+@by_backend
 @pytest.mark.parametrize("epsilon", [0.02, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["uniform", "given"])
-def test_equals_pot_at_convergence(epsilon, kind):
+def test_equals_pot_at_convergence(backend, epsilon, kind):
     ot = pytest.importorskip("ot", reason="POT is the oracle here")
     cost = torch.rand(3, 7, 5, dtype=torch.float64)
     a, b = (m / m.sum(1, keepdim=True) for m in (torch.rand(3, 7).double() + 0.1, torch.rand(3, 5).double() + 0.1))
@@ -45,6 +50,7 @@ def test_equals_pot_at_convergence(epsilon, kind):
         tolerance=1e-13,
         marginals="uniform" if kind == "uniform" else (a, b),
         return_plan=True,
+        backend=backend,
     )
     for i in range(3):
         arguments = [x[i].numpy() for x in (a, b, cost)]
@@ -55,19 +61,20 @@ def test_equals_pot_at_convergence(epsilon, kind):
         torch.testing.assert_close(solved.cost[i].item(), float(other.value_linear), rtol=1e-7, atol=1e-9)
 
 
+@by_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("family", ["random", "one shifted column", "diagonal"])
-def test_log_and_scaling_domains_agree_at_any_epsilon(dtype, epsilon, family):
+def test_log_and_scaling_domains_agree_at_any_epsilon(backend, dtype, epsilon, family):
     cost = torch.rand(2, 8, 6, dtype=torch.float64)
     if family == "one shifted column":
         cost[:, :, 2] += 6
     elif family == "diagonal":
         cost = (torch.arange(8.0)[:, None] - torch.arange(6.0)).abs().double().expand(2, 8, 6) / 4
-    truth = _cost_and_gradient(cost, epsilon, "log")
+    truth = _cost_and_gradient(cost, epsilon, "log", "reference")
     spread = float(cost.max() - cost.min()) / epsilon
     for domain in ("log", "scaling"):
-        ours = _cost_and_gradient(cost.to(dtype), epsilon, domain)
+        ours = _cost_and_gradient(cost.to(dtype), epsilon, domain, backend)
         for x, y in zip(ours, truth, strict=True):
             assert x.isfinite().all()
             last_places = 1e-10 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
@@ -75,45 +82,51 @@ def test_log_and_scaling_domains_agree_at_any_epsilon(dtype, epsilon, family):
             torch.testing.assert_close(x.double(), y, rtol=0, atol=bound)
 
 
-def _cost_and_gradient(cost: torch.Tensor, epsilon: float, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _cost_and_gradient(
+    cost: torch.Tensor, epsilon: float, domain: str, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = cost.clone().requires_grad_()
-    solved = sinkhorn(leaf, epsilon=epsilon, domain=domain, iterations=40)
+    solved = sinkhorn(leaf, epsilon=epsilon, domain=domain, iterations=40, backend=backend)
     solved.cost.sum().backward()
     return solved.cost.detach(), leaf.grad
 
 
-def test_auto_scales_where_the_kernel_cannot_underflow():
+@by_backend
+def test_auto_scales_where_the_kernel_cannot_underflow(backend):
     cost = torch.rand(1, 6, 6).repeat(4, 1, 1)
     cost = cost / (cost.max() - cost.min()) * torch.tensor([0.1, 7.9, 8.1, 500.0])[:, None, None]
     cost[0, 1, 2] = float("inf")  # a forbidden pair is exactly 0 in either domain
     prefers = reference.prefers_scaling(reference.problem(cost, None, None, None, None, 0.1, "uniform"), 0.1)
     assert prefers.tolist() == [True, True, False, False]
     auto, log, scaling = (
-        sinkhorn(cost, domain=domain, return_plan=True).row_potential for domain in ("auto", "log", "scaling")
+        sinkhorn(cost, domain=domain, return_plan=True, backend=backend).row_potential
+        for domain in ("auto", "log", "scaling")
     )
     assert torch.equal(auto[:2], scaling[:2])
     assert torch.equal(auto[2:], log[2:])
     assert not torch.equal(scaling[1], log[1])  # else the lines above show nothing
 
 
-def test_scaling_absorbs_before_it_overflows():
+@by_backend
+def test_scaling_absorbs_before_it_overflows(backend):
     cost = torch.rand(1, 5, 5) * 3
     cost[:, :, 0] += 6
-    plan = sinkhorn(cost, epsilon=0.02, iterations=200, domain="scaling", return_plan=True).plan
+    plan = sinkhorn(cost, epsilon=0.02, iterations=200, domain="scaling", return_plan=True, backend=backend).plan
     truth = sinkhorn(cost.double(), epsilon=0.02, iterations=200, domain="log", return_plan=True).plan
     torch.testing.assert_close(plan.double(), truth, rtol=0, atol=1e-4)
 
 
+@by_backend
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_each_problem_stops_by_itself(domain):
+def test_each_problem_stops_by_itself(backend, domain):
     cost = torch.rand(3, 6, 6, dtype=torch.float64) * torch.tensor([0.01, 1.0, 3.0])[:, None, None]
-    solved = sinkhorn(cost, iterations=500, tolerance=1e-6, domain=domain)
+    solved = sinkhorn(cost, iterations=500, tolerance=1e-6, domain=domain, backend=backend)
     steps = solved.iterations.tolist()
     assert steps[0] < steps[1] < steps[2] < 500
     for b in range(3):
         leaf, exact = cost[b : b + 1].clone().requires_grad_(), cost[b : b + 1].clone().requires_grad_()
-        alone = sinkhorn(leaf, iterations=500, tolerance=1e-6, domain=domain)
-        fixed = sinkhorn(exact, iterations=steps[b], domain=domain)
+        alone = sinkhorn(leaf, iterations=500, tolerance=1e-6, domain=domain, backend=backend)
+        fixed = sinkhorn(exact, iterations=steps[b], domain=domain, backend=backend)
         assert alone.iterations.item() == steps[b]
         torch.testing.assert_close(alone.cost[0], solved.cost[b])
         torch.testing.assert_close(alone.cost, fixed.cost)
@@ -122,19 +135,22 @@ def test_each_problem_stops_by_itself(domain):
         torch.testing.assert_close(leaf.grad, exact.grad)
 
 
-def test_without_tolerance_every_step_is_taken():
-    assert sinkhorn(torch.zeros(2, 3, 3), iterations=7).iterations.tolist() == [7, 7]
-    assert sinkhorn(torch.zeros(2, 3, 3), iterations=7, tolerance=1e-9).iterations.tolist() == [1, 1]
+@by_backend
+def test_without_tolerance_every_step_is_taken(backend):
+    assert sinkhorn(torch.zeros(2, 3, 3), iterations=7, backend=backend).iterations.tolist() == [7, 7]
+    assert sinkhorn(torch.zeros(2, 3, 3), iterations=7, tolerance=1e-9, backend=backend).iterations.tolist() == [1, 1]
 
 
+@by_backend
 @pytest.mark.parametrize("gradient", ["envelope", "implicit"])
-def test_other_gradients_are_exact_in_the_limit(gradient):
+def test_other_gradients_are_exact_in_the_limit(backend, gradient):
     cost = torch.rand(2, 5, 6, dtype=torch.float64)
     weight = torch.rand(2, 6, dtype=torch.float64)
     grads = []
     for kind in (gradient, "unrolled"):
         leaf = cost.clone().requires_grad_()
-        solved = sinkhorn(leaf, iterations=3000, epsilon=0.2, gradient=kind, column_weight=weight, return_plan=True)
+        options = {"iterations": 3000, "epsilon": 0.2, "column_weight": weight, "return_plan": True}
+        solved = sinkhorn(leaf, gradient=kind, backend=backend, **options)
         total = solved.regularized_cost.sum()
         if gradient == "implicit":
             total = total + solved.cost.sum() + (solved.plan * torch.arange(6.0)).sum()
@@ -142,16 +158,17 @@ def test_other_gradients_are_exact_in_the_limit(gradient):
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
     if gradient == "envelope":
-        assert not sinkhorn(leaf, gradient="envelope").cost.requires_grad
+        assert not sinkhorn(leaf, gradient="envelope", backend=backend).cost.requires_grad
 
 
-def test_implicit_gradients_allow_ragged_problems():
+@by_backend
+def test_implicit_gradients_allow_ragged_problems(backend):
     cost = torch.rand(2, 5, 6, dtype=torch.float64)
     lengths = {"row_lengths": torch.tensor([3, 0]), "column_lengths": torch.tensor([4, 6])}
     leaf = cost.clone().requires_grad_()
-    sinkhorn(leaf, iterations=2000, gradient="implicit", **lengths).cost.sum().backward()
+    sinkhorn(leaf, iterations=2000, gradient="implicit", backend=backend, **lengths).cost.sum().backward()
     alone = cost[:1, :3, :4].clone().requires_grad_()
-    sinkhorn(alone, iterations=2000, gradient="implicit").cost.sum().backward()
+    sinkhorn(alone, iterations=2000, gradient="implicit", backend=backend).cost.sum().backward()
     torch.testing.assert_close(leaf.grad[:1, :3, :4], alone.grad)
     assert leaf.grad.isfinite().all()
     assert (leaf.grad[1] == 0).all()
@@ -187,26 +204,114 @@ def test_many_steps_between_sides_of_different_length_do_not_drift():
     assert solved.cost.isfinite().all()
 
 
-def test_a_row_that_can_go_nowhere_shows():
+@by_backend
+def test_a_row_that_can_go_nowhere_shows(backend):
     cost = torch.rand(2, 3, 4)
     cost[0, 1] = float("inf")
-    solved = sinkhorn(cost)
+    solved = sinkhorn(cost, backend=backend)
     assert solved.cost.isnan().tolist() == [True, False]
 
 
+@by_backend
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_what_has_marginal_0_takes_no_part(domain):
+def test_what_has_marginal_0_takes_no_part(backend, domain):
     cost = torch.rand(1, 3, 4, dtype=torch.float64)
     a, b = torch.tensor([[0.4, 0.6, 0.0]]).double(), torch.tensor([[0.5, 0.25, 0.25, 0.0]]).double()
     cost[0, 2], cost[0, :, 3] = float("nan"), float("nan")
     leaf, part = cost.clone().requires_grad_(), cost[:, :2, :3].clone().requires_grad_()
-    whole = sinkhorn(leaf, marginals=(a, b), iterations=1, domain=domain)
-    alone = sinkhorn(part, marginals=(a[:, :2], b[:, :3]), iterations=1, domain=domain)
+    whole = sinkhorn(leaf, marginals=(a, b), iterations=1, domain=domain, backend=backend)
+    alone = sinkhorn(part, marginals=(a[:, :2], b[:, :3]), iterations=1, domain=domain, backend=backend)
     torch.testing.assert_close(whole.cost, alone.cost)
     whole.cost.sum().backward()
     alone.cost.sum().backward()
     torch.testing.assert_close(leaf.grad[:, :2, :3], part.grad)
     assert leaf.grad.isfinite().all()
+
+
+@by_backend
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_does_not_count_does_not_keep_a_problem_from_stopping(backend, domain):
+    cost = torch.rand(2, 5, 6, dtype=torch.float64)
+    cost[0] = 0.5
+    lengths = {"row_lengths": torch.tensor([3, 4]), "column_lengths": torch.tensor([4, 5])}
+    options = {"iterations": 300, "tolerance": 1e-6, "domain": domain, "backend": backend}
+    steps = sinkhorn(cost, **options, **lengths).iterations.tolist()
+    alone = [sinkhorn(cost[b : b + 1, : 3 + b, : 4 + b], **options).iterations.item() for b in range(2)]
+    assert steps == alone
+    assert steps[0] == 1
+
+
+def _everything(backend, cost, marginals, weight, **options):
+    """Values, the plan, and all gradients for upstream gradients of several sizes."""
+    leaves = [x.detach().clone().requires_grad_() for x in (cost, *marginals, weight)]
+    solved = sinkhorn(
+        leaves[0], marginals=tuple(leaves[1:3]), column_weight=leaves[3], return_plan=True, backend=backend, **options
+    )
+    upstream = torch.linspace(-1, 2, solved.plan.numel(), dtype=solved.plan.dtype).view_as(solved.plan)
+    total = 1.3 * solved.cost.sum() - 0.7 * solved.regularized_cost.sum() + (solved.plan * upstream).sum()
+    return [*(x.detach() for x in solved[:5]), *torch.autograd.grad(total, leaves)]
+
+
+def _weighted_problem(B, M, N):
+    cost = torch.rand(B, M, N, dtype=torch.float64)
+    marginals = [m / m.sum(1, keepdim=True) for m in (torch.rand(B, n, dtype=torch.float64) + 0.1 for n in (M, N))]
+    return cost, marginals, torch.rand(B, N, dtype=torch.float64)
+
+
+@needs_cpu
+@pytest.mark.parametrize("domain", ["log", "scaling"])
+@pytest.mark.parametrize(
+    ("M", "N", "epsilon"),
+    [
+        pytest.param(150, 70, 0.1, id="slabs of rows"),
+        pytest.param(67, 601, 0.1, id="long rows"),
+        pytest.param(9, 12, 1e-3, id="a range of 1000"),
+        pytest.param(70, 9, 2e-4, id="many segments"),
+    ],
+)
+def test_cpu_equals_the_reference_beyond_the_size_of_cases(domain, M, N, epsilon):
+    problem = _weighted_problem(2, M, N)
+    problem[0][:, :, 3] += 3
+    options = {"epsilon": epsilon, "iterations": 60, "domain": domain}
+    ours, truth = (_everything(backend, *problem, **options) for backend in ("cpu", "reference"))
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10 * max(1.0, 4 / epsilon) * float(y.abs().max()))
+
+
+@needs_cpu
+def test_cpu_keeps_marginal_gradients_through_hundreds_of_steps():
+    problem = _weighted_problem(1, 24, 17)
+    single = [problem[0].float(), [m.float() for m in problem[1]], problem[2].float()]
+    exact = [single[0].double(), [m.double() for m in single[1]], single[2].double()]
+    for domain in ("log", "scaling"):
+        options = {"epsilon": 1.0, "iterations": 400, "domain": domain}
+        ours, truth = _everything("cpu", *single, **options), _everything("reference", *exact, **options)
+        for x, y in zip(ours[-3:], truth[-3:], strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=0, atol=2e-6 * float(y.abs().max()))
+
+
+@needs_cpu
+@pytest.mark.parametrize("domain", ["log", "scaling"])
+def test_threads_change_no_bit_within_one_large_problem(domain):
+    problem = _weighted_problem(1, 520, 515)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(_everything("cpu", *(problem[0].float(), problem[1], problem[2]), iterations=3, domain=domain))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@needs_cpu
+def test_cpu_reads_a_cost_in_its_place_as_it_reads_a_copy():
+    wide = torch.rand(2, 64, 200)
+    for cost in (wide[:, :, 3:67], wide[:, :, 3:67].transpose(1, 2), wide[:, ::2, 8:136]):
+        for x, y in zip(sinkhorn(cost, backend="cpu")[:2], sinkhorn(cost.clone(), backend="cpu")[:2], strict=True):
+            assert torch.equal(x, y)
 
 
 def test_plan_is_none_unless_asked_for():

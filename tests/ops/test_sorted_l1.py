@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from mlot_kernels import Logits, Rows, pair, sorted_l1
+from mlot_kernels.ops.sorted_l1.op import FORWARD
 from tests.properties import given, st
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def two_sorts(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -136,6 +139,101 @@ def test_the_two_sides_may_differ_in_dtype():
     loss = sorted_l1(student, teacher)
     loss.sum().backward()
     assert (loss.dtype, student.grad.dtype) == (torch.float64, torch.bfloat16)
+
+
+def _hard_rows(kind: str, V: int, generator: torch.Generator) -> torch.Tensor:
+    """[1, 2, V]: rows on which counting and binning may go wrong."""
+    x = torch.randn(1, 2, V, generator=generator)
+    if kind == "near uniform":
+        return x * 0.02
+    if kind == "ties everywhere":
+        return (x * 2).round()
+    if kind == "all equal":
+        return torch.full_like(x, 1.5)
+    if kind == "one hot":
+        x = x * 0.01
+        x[..., 7] = 30
+        return x
+    if kind == "-inf":
+        x[..., ::3] = float("-inf")
+        return x * 2
+    return {"offset": x * 2 + 300, "underflow": x * 60}.get(kind, x * 2)
+
+
+KINDS = ("usual", "near uniform", "ties everywhere", "all equal", "one hot", "-inf", "offset", "underflow")
+
+
+@pytest.mark.parametrize("ties", ["mean", "stable"])
+@pytest.mark.parametrize("dtypes", [*zip(DTYPES, DTYPES, strict=True), *itertools.pairwise(DTYPES)], ids=str)
+@pytest.mark.parametrize("backend", sorted(FORWARD))
+def test_hard_rows_are_exact(backend, dtypes, ties):
+    generator = torch.Generator().manual_seed(5)
+    kinds = [*zip(KINDS, KINDS, strict=True), ("all equal", "usual"), ("near uniform", "one hot")]
+    for kind, other in kinds:
+        sides = [_hard_rows(k, V, generator).to(d) for k, V, d in zip((kind, other), (2503, 2100), dtypes, strict=True)]
+        for options in ({}, {"top_k": 300, "tail": "bucket" if ties == "mean" else "drop"}):
+            ours = gradients(lambda s, t, o=options: sorted_l1(s, t, ties=ties, backend=backend, **o), *sides)
+            expected = gradients(
+                lambda s, t, o=options: sorted_l1(s, t, ties=ties, backend="reference", **o),
+                *(x.double() for x in sides),
+            )
+            # float32 sums of 2,503 probabilities are good to a few last places of 1
+            tolerance = 1e-13 if set(dtypes) == {torch.float64} else 4e-6 if backend == "reference" else 1e-6
+            torch.testing.assert_close(ours[0].double(), expected[0], rtol=tolerance, atol=tolerance, msg=kind)
+            for own, truth, x in zip(ours[1:], expected[1:], sides, strict=True):
+                largest = 2 * x.double().softmax(-1).amax(-1, keepdim=True)  # upstream gradients reach 2
+                eps = 0 if x.dtype == torch.float64 else torch.finfo(x.dtype).eps
+                wrong = (own.double() - truth).abs() > (4 * tolerance + 2 * eps) * largest
+                # probabilities that differ by rounding may have either sign: a few ranks beside a crossing
+                assert wrong.sum() <= (0 if tolerance < 1e-10 else 8), (kind, other, options, int(wrong.sum()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", sorted(FORWARD))
+def test_tied_rows_have_the_gradient_of_their_counts(backend, dtype):
+    """One run meets 2000 larger and 1000 smaller probabilities: the mean sign is -1/3; under ``"stable"`` the first
+    columns meet the larger ones."""
+    student = torch.zeros(1, 3000, dtype=dtype)  # p = 1 / 3000 throughout
+    teacher = torch.zeros(1, 3000, dtype=dtype)
+    teacher[:, :2000] = 1
+    p = 1 / 3000
+    for ties, sign in (("mean", torch.full((3000,), -1 / 3)), ("stable", 1 - 2 * (torch.arange(3000) < 2000).double())):
+        _, gradient, _ = gradients(
+            lambda s, t, ties=ties: sorted_l1(s, t, ties=ties, backend=backend), student, teacher
+        )
+        expected = p * (sign.double() + 1 / 3)
+        torch.testing.assert_close(gradient[0].double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", sorted(FORWARD))
+def test_a_row_against_itself_costs_nothing(backend, dtype):
+    x = torch.randn(2, 3000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    loss, *both = gradients(lambda s, t: sorted_l1(s, t, backend=backend), x, x.clone())
+    assert (loss == 0).all()
+    assert all((gradient == 0).all() for gradient in both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", sorted(FORWARD))
+def test_masked_columns_of_long_rows(backend, dtype):
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(1, 2, V, generator=generator).mul(2).to(dtype) for V in (4500, 4000))
+    columns = torch.rand(4500, generator=generator) < 0.5
+    for ties in ("mean", "stable"):
+        results = [
+            gradients(
+                lambda s, t, b=b, ties=ties: sorted_l1(
+                    Logits(s, columns=columns, vocab_size=4300, standardize=True), t, ties=ties, backend=b
+                ),
+                *(x.to(d) for x in (student, teacher)),
+            )
+            for b, d in ((backend, dtype), ("reference", torch.float64))
+        ]
+        for own, truth in zip(*results, strict=True):
+            tolerance = 2e-6 + (2 * torch.finfo(dtype).eps if own.dtype == dtype else 0)
+            error = (own.double() - truth).abs().amax(-1) / truth.abs().amax(-1)
+            assert (error <= tolerance).all(), error
 
 
 X = torch.randn(2, 3, 5)

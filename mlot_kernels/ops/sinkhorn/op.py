@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.native import native
 from mlot_kernels.ops.sinkhorn import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 from mlot_kernels.transport import OPTIONS_SCHEMA, TENSORS_SCHEMA, Transport, prepare_options
 
 _INPUTS = f"Tensor cost, {TENSORS_SCHEMA}"
 _OPTIONS = f"{OPTIONS_SCHEMA}, bool return_plan, str backend"
+# What the histories hold, [B, L, M] and [B, L, N], is a matter between a backend's forward and its backward.
 _OUTPUTS = (
     "(Tensor transported, Tensor regularized, Tensor plan, Tensor row_potential, Tensor column_potential, Tensor done, "
     "Tensor row_history, Tensor column_history)"
 )
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "sinkhorn_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "sinkhorn_backward")}
 
 
 def _forward_fake(
@@ -59,7 +61,7 @@ _forward = raw_operator(
 _backward = raw_operator(
     f"sinkhorn_backward(Tensor grad_transported, Tensor grad_regularized, Tensor grad_plan, {_INPUTS}, "
     "Tensor row_potential, Tensor column_potential, Tensor done, Tensor row_history, Tensor column_history, "
-    "float epsilon, str marginals, str gradient, bool return_plan, str backend) "
+    f"{_OPTIONS}) "
     "-> (Tensor grad_cost, Tensor grad_row_marginal, Tensor grad_column_marginal, Tensor grad_column_weight)",
     fake=_backward_fake,
     implementations=BACKWARD,
@@ -103,9 +105,9 @@ class Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, epsilon, _, marginals, _, _, gradient, return_plan, backend = inputs
+        tensors, ctx.options = inputs[:6], inputs[6:]
+        *_, gradient, return_plan, _ = ctx.options
         transported, _, plan, *saved = output
-        ctx.options = (epsilon, marginals, gradient, return_plan, backend)
         detached = (transported, plan) if gradient == "envelope" else () if return_plan else (plan,)
         ctx.mark_non_differentiable(*detached, *saved)
         ctx.save_for_backward(*tensors, *saved)

@@ -239,6 +239,7 @@ class _History:
 
     def __init__(self, p: Problem, tolerance: float) -> None:
         self.tolerance = tolerance
+        self.counts = p.columns
         self.rows: list[Tensor] = []
         self.columns: list[Tensor] = []
         self.done = p.cost.new_zeros(p.cost.shape[0], 1, dtype=torch.bool)
@@ -248,7 +249,7 @@ class _History:
         F, G = torch.where(self.done, F_before, F), torch.where(self.done, G_before, G)
         self.steps = self.steps + ~self.done[:, 0]
         if self.tolerance > 0:
-            moved = torch.where(G_before == G, 0, (G - G_before).abs())  # -inf has not moved
+            moved = (G - G_before).abs().masked_fill(~self.counts, 0)
             self.done = self.done | (moved <= self.tolerance).all(1, keepdim=True)
         self.rows.append(F)
         self.columns.append(G)
@@ -274,11 +275,16 @@ def backward(
     row_history: Tensor,
     column_history: Tensor,
     epsilon: float,
+    iterations: int,
     marginals: str,
+    tolerance: float,
+    domain: str,
     gradient: str,
     return_plan: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the cost, the two marginals and the column weight, all in the accumulator's dtype.
+
+    Of the options that say how the steps were made, the histories here need none.
 
     ``gradient``: ``"unrolled"``, the exact adjoint of the steps taken; ``"implicit"``, of the fixed point;
     ``"envelope"``, ``dregularized/dC = P``.

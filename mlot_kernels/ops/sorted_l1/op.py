@@ -10,6 +10,7 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
+from mlot_kernels.native import native
 from mlot_kernels.ops.sorted_l1 import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
@@ -21,24 +22,27 @@ _SIDES = ", ".join(
 _SAVED = ", ".join(
     f"Tensor {side}_{scalar}"
     for side in ("student", "teacher")
-    for scalar in ("peak", "log_total", "mean", "scale", "slope", "total", "moment")
+    for scalar in ("peak", "log_total", "mean", "scale", "slope", "total", "moment", "steps")
 )
 _OPTIONS = "str ties, SymInt top_k, str tail"
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "sorted_l1_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "sorted_l1_backward")}
 
 
 def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     teacher_values = rest[5]
     student, teacher = (accumulator(values.dtype) for values in (student_values, teacher_values))
-    dtypes = (torch.promote_types(student, teacher), *[student] * 7, *[teacher] * 7)
-    return tuple(student_values.new_empty(student_index.shape, dtype=dtype) for dtype in dtypes)
+    outputs = [student_values.new_empty(student_index.shape, dtype=torch.promote_types(student, teacher))]
+    for dtype in (student, teacher):
+        outputs += [student_values.new_empty(student_index.shape, dtype=dtype) for _ in range(7)]
+        outputs.append(student_values.new_empty((*student_index.shape, *reference.STEPS), dtype=dtype))
+    return tuple(outputs)
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     outputs = []
-    for (values, index), needed in zip((arguments[:2], arguments[7:9]), arguments[31:33], strict=True):
+    for (values, index), needed in zip((arguments[:2], arguments[7:9]), arguments[33:35], strict=True):
         outputs += [
             values.new_empty(values.shape if needed else (0,)),
             values.new_empty(index.shape if needed else (0,), dtype=accumulator(values.dtype)),

@@ -20,6 +20,8 @@ from mlot_kernels.logits import (
 
 TIES = ("mean", "stable")
 TAILS = ("bucket", "drop")
+STEPS = (64, 2)
+"""What a kernel may leave of each row's signs for backward: thresholds and signs; README.md has the form."""
 
 
 def sorted_l1(student: Side, teacher: Side, ties: str, top_k: int, tail: str) -> Tensor:
@@ -102,18 +104,19 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         moment = (H * d.below.masked_fill(d.below == float("-inf"), 0)).sum(-1) - total * d.expected
         scalars = (d.peak, d.log_total, d.mean, d.scale, d.slope, total, moment)
         saved += [scalar.masked_fill(side.row_index < 0, 0) for scalar in scalars]
+        saved.append(total.new_zeros(*total.shape, *STEPS))  # backward sorts again
     return _where_both_count(loss, student.row_index, teacher.row_index), *saved
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """``g = H - q sum(H)``, H = sign p; the signs are found again by sorting. A side that is not needed is empty."""
     sides = Side(*arguments[:7]), Side(*arguments[7:14])
-    options, saved, needed = arguments[14:17], arguments[17:31], arguments[31:]
+    options, saved, needed = arguments[14:17], arguments[17:33], arguments[33:]
     distributions = [_distribution(side) for side in sides]
     _, *derivatives = compare(distributions[0].p, distributions[1].p, *sides, *options)
     gradients: list[Tensor] = []
     for i, (side, d, derivative) in enumerate(zip(sides, distributions, derivatives, strict=True)):
-        *_, total, moment = saved[7 * i : 7 * i + 7]
+        total, moment = saved[8 * i + 5 : 8 * i + 7]
         if not needed[i]:
             gradients += [side.values.new_empty(0), grad.new_empty(0)]
             continue
@@ -121,7 +124,8 @@ def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         dx = values_gradient(
             grad[..., None] * g, grad * moment, d.below, d.mean, d.scale, d.slope, side.temperature
         ).masked_fill(sides[1 - i].row_index[..., None] < 0, 0)
-        gradients += [spread_rows(dx, side.values, side.row_index), grad * total]
+        grad_log_scale = (grad * total).masked_fill(sides[1 - i].row_index < 0, 0)
+        gradients += [spread_rows(dx, side.values, side.row_index), grad_log_scale]
     return tuple(gradients)
 
 

@@ -130,4 +130,5 @@ def _case(
         # what cancels in dl/dC comes to each feature once per pair (sinkhorn's cases)
         gradient_scale=lambda inputs: tuple(4 * max(x.shape[1], y.shape[1]) / epsilon for _ in inputs),
         condition=4 / epsilon,
+        memory=x.shape[0] * x.shape[1] * y.shape[1] - 1,  # less than the costs
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.native import native
 from mlot_kernels.ops.transport_cost import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 from mlot_kernels.transport import (
@@ -23,8 +24,8 @@ _INPUTS = f"Tensor x, Tensor y, {TENSORS_SCHEMA}, str metric, {OPTIONS_SCHEMA}"
 _SAVED = "Tensor row_potential, Tensor column_potential, Tensor done, Tensor row_history, Tensor column_history"
 _OUTPUTS = f"(Tensor transported, Tensor regularized, {_SAVED})"
 
-FORWARD = {"reference": reference.forward}
-BACKWARD = {"reference": reference.backward}
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "transport_cost_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "transport_cost_backward")}
 
 
 def _forward_fake(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

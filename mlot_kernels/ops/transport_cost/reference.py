@@ -23,12 +23,17 @@ def transport_cost(x: Tensor, y: Tensor, metric: str, options: TransportOptions)
 
 
 def counted(x: Tensor, y: Tensor, options: TransportOptions) -> tuple[Tensor, Tensor]:
-    """Both sides with zeros beyond their lengths, whatever lies there."""
-    x, y = (
-        side.masked_fill(~within(lengths, side.shape[0], side.shape[1], side.device)[..., None], 0)
-        for side, lengths in ((x, options.row_lengths), (y, options.column_lengths))
-    )
-    return x, y
+    """Both sides with zeros beyond their lengths and where a marginal is 0, whatever lies there."""
+    sides = []
+    for side, lengths, marginal in (
+        (x, options.row_lengths, options.row_marginal),
+        (y, options.column_lengths, options.column_marginal),
+    ):
+        counts = within(lengths, side.shape[0], side.shape[1], side.device)
+        if marginal is not None:
+            counts = counts & (marginal != 0)
+        sides.append(side.masked_fill(~counts[..., None], 0))
+    return sides[0], sides[1]
 
 
 def forward(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -51,9 +56,7 @@ def backward(grad_transported: Tensor, grad_regularized: Tensor, x: Tensor, y: T
         cost,
         *options[:5],
         *saved,
-        options.epsilon,
-        options.marginals,
-        options.gradient,
+        *options[5:],
         False,
         "reference",
     )

@@ -21,16 +21,13 @@ constexpr double kSmallestNorm = 1e-8;
 template <class A>
 constexpr int64_t kPanel = 2 * kWidth<A>;
 
-template <class A>
-MLOT_INLINE Vector<A> load(const A* x) {
-  Vector<A> v;
-  __builtin_memcpy(&v, x, sizeof(v));
-  return v;
-}
-
-template <class A>
-MLOT_INLINE void store(Vector<A> v, A* out) {
-  __builtin_memcpy(out, &v, sizeof(v));
+// Calls body with a null pointer to the element type that `dtype` numbers, as the tables of kernels do.
+template <class Body>
+static inline void with_type(int dtype, const Body& body) {
+  if (dtype == 0) body(static_cast<float*>(nullptr));
+  if (dtype == 1) body(static_cast<bfloat16*>(nullptr));
+  if (dtype == 2) body(static_cast<float16*>(nullptr));
+  if (dtype == 3) body(static_cast<double*>(nullptr));
 }
 
 // Exchanges, in squares of 2 step, the upper right with the lower left quarter of two rows that lie `step` apart.

@@ -48,6 +48,19 @@ MLOT_INLINE Vector<A> all(A value) {
   return value - Vector<A>{};
 }
 
+// Any alignment.
+template <class A>
+MLOT_INLINE Vector<A> load(const A* x) {
+  Vector<A> v;
+  __builtin_memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+template <class A>
+MLOT_INLINE void store(Vector<A> v, A* out) {
+  __builtin_memcpy(out, &v, sizeof(v));
+}
+
 // 2 kWidth neighbouring elements, widened, in an order of their own: where two bfloat16 share 32 bits, one vector holds
 // the first ones and the other the second ones, which is one instruction each and no shuffle.
 template <class A>
@@ -153,6 +166,8 @@ MLOT_INLINE Vector<float> larger(Vector<float> a, Vector<float> b) {
 }
 
 MLOT_INLINE Vector<double> larger(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
+
+constexpr double kLog2E = 1.4426950408889634;
 
 // 2^t on r in [-1/2, 1/2] is a polynomial with p(0) = 1; its coefficients from r on.
 template <class A>
