@@ -25,6 +25,7 @@ test-full: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files "*.h" "*.cpp")
 	$(BIN)/mypy
 
 # The C++ under the address, undefined-behaviour and thread sanitizers.

@@ -25,6 +25,7 @@ MOST_SETS = 8
 SECONDS_PER_TURN = {"quick": 0.25, "full": 1.5}
 ROUNDS = {"quick": (2, 15), "full": (5, 50)}
 SHORTEST_ROUND = 2e-3  # seconds; what is shorter is repeated within a round
+MOST_WARM_UPS = 12
 
 Run = Callable[[], Any]
 
@@ -112,12 +113,19 @@ def device_clock() -> float:
 
 
 def rounds_of(run: Run, kind: str, clock: Callable[[], float]) -> tuple[int, int]:
-    """Warm up, and see how many rounds, and repetitions within one, fit into a turn; more where times scatter."""
+    """Warm up, and see how many rounds, and repetitions within one, fit into a turn; more where times scatter.
+
+    Warm is when a call takes no less than the ones before: a virtual machine may give memory back to its host, and the
+    first calls that get it again take many times as long.
+    """
     run()
-    times = [_timed(run, clock)]
     budget = SECONDS_PER_TURN[kind]
-    while sum(times) < budget / 3 and len(times) < 3:
-        times.append(_timed(run, clock))
+    warming = [_timed(run, clock)]
+    while len(warming) < MOST_WARM_UPS and sum(warming) < 2 * budget:
+        warming.append(_timed(run, clock))
+        if len(warming) >= 3 and min(warming[-2:]) > 0.8 * min(warming[:-2]) and warming[-1] < 1.5 * min(warming):
+            break
+    times = warming[-3:]
     typical = statistics.median(times)
     repetitions = max(1, math.ceil(SHORTEST_ROUND / typical))
     fewest, most = ROUNDS[kind]

@@ -127,8 +127,8 @@ EntropySums sums_of(const T* x, const LogitsRows& rows, double factor, RowStatis
 }
 
 template <class A>
-void write(const RowEntropyScalars<void*>& outputs, int64_t slot, double entropy, double mass, double log_total, double moment,
-           const RowStatistics<A>& row) {
+void write(const RowEntropyScalars<void*>& outputs, int64_t slot, double entropy, double mass, double log_total,
+           double moment, const RowStatistics<A>& row) {
   static_cast<A*>(outputs.entropy)[slot] = A(entropy);
   static_cast<A*>(outputs.mass)[slot] = A(mass);
   static_cast<A*>(outputs.peak)[slot] = row.peak;
@@ -141,8 +141,7 @@ void write(const RowEntropyScalars<void*>& outputs, int64_t slot, double entropy
 
 template <class T, class A = Accumulator<T>>
 void forward_row(const LogitsRows& rows, const T* x, const RowEntropyScalars<void*>& outputs, int64_t slot) {
-  RowStatistics<A> row =
-      rows.standardize ? standardized(x, rows.vocab_size) : RowStatistics<A>{A(-INFINITY), 0, 1, 0};
+  RowStatistics<A> row = rows.standardize ? standardized(x, rows.vocab_size) : RowStatistics<A>{A(-INFINITY), 0, 1, 0};
   const double factor = kLog2E / (rows.temperatures[0] * double(row.scale));  // of x - peak in t
   const EntropySums sums =
       rows.column_mask ? sums_of<true>(x, rows, factor, row) : sums_of<false>(x, rows, factor, row);
@@ -233,7 +232,7 @@ void backward_row(const LogitsRows& rows, const T* x, const RowEntropyScalars<co
                                    at(saved.mean),
                                    A(slope * grad * moment / rows.temperatures[0])};
   const auto run = rows.column_mask ? (slope != 0 ? gradient_row<true, true, T> : gradient_row<true, false, T>)
-                                      : (slope != 0 ? gradient_row<false, true, T> : gradient_row<false, false, T>);
+                                    : (slope != 0 ? gradient_row<false, true, T> : gradient_row<false, false, T>);
   run(x, rows.column_mask, rows.vocab_size, scalars, out);
 }
 

@@ -104,8 +104,8 @@ struct OrderScratch {
   }
 };
 
-// The gradient of a side's row at `slot`: one read and one write where forward left the steps of its signs; where it did
-// not, both rows of the pair are read and ordered once more.
+// The gradient of a side's row at `slot`: one read and one write where forward left the steps of its signs; where it
+// did not, both rows of the pair are read and ordered once more.
 template <int kSide, class S, class T, class Own = std::conditional_t<kSide == 0, S, T>>
 void backward_row(const SortedL1Backward& call, int64_t slot, std::optional<OrderScratch<S, T>>& scratch, Own* out) {
   using A = Accumulator<Own>;
@@ -117,9 +117,12 @@ void backward_row(const SortedL1Backward& call, int64_t slot, std::optional<Orde
   const SignedGradient<A> gradient = signed_gradient<Own>(rows, saved, grad, slot);
   const auto by_column = [&](const Steps<A>& steps) {
     StepTable<A> table(steps);
-    gradient_by_column(x, n, gradient, [&](int64_t column, A value) {
-      return rows.column_mask && !rows.column_mask[column] ? A(0) : table.next(value);
-    }, out);
+    gradient_by_column(
+        x, n, gradient,
+        [&](int64_t column, A value) {
+          return rows.column_mask && !rows.column_mask[column] ? A(0) : table.next(value);
+        },
+        out);
   };
   Steps<A> saved_steps;
   if (saved_steps.load(static_cast<const A*>(saved.steps) + slot * 2 * kSavedSteps)) {
@@ -171,9 +174,9 @@ void backward(const SortedL1Backward& call, const Parallel& parallel) {
 
 #define MLOT_BY_TEACHER(direction, S) \
   {direction<S, float>, direction<S, bfloat16>, direction<S, float16>, direction<S, double>}
-#define MLOT_BY_DTYPES(direction)                                                  \
-  {MLOT_BY_TEACHER(direction, float), MLOT_BY_TEACHER(direction, bfloat16), \
-   MLOT_BY_TEACHER(direction, float16), MLOT_BY_TEACHER(direction, double)}
+#define MLOT_BY_DTYPES(direction)                                                                                \
+  {MLOT_BY_TEACHER(direction, float), MLOT_BY_TEACHER(direction, bfloat16), MLOT_BY_TEACHER(direction, float16), \
+   MLOT_BY_TEACHER(direction, double)}
 
 extern const SortedL1 sorted_l1 = {MLOT_BY_DTYPES(forward), MLOT_BY_DTYPES(backward)};
 

@@ -24,8 +24,8 @@ void forward(const TokenForward& call, const Parallel& parallel) {
         row = row_statistics<T, A>(x, rows.vocab_size, rows.standardize, rows.temperatures, 1, &alone, 1, &sums,
                                    &log_total, &at(call.saved.expected, slot), 1, nullptr);
         const A log_scale = rows.log_scale ? static_cast<const A*>(rows.log_scale)[slot] : A(0);
-        log_p = log_probability<T>(rows, x, call.tokens[slot], row.peak, A(rows.temperatures[0]) * row.scale,
-                                   log_total, log_scale);
+        log_p = log_probability<T>(rows, x, call.tokens[slot], row.peak, A(rows.temperatures[0]) * row.scale, log_total,
+                                   log_scale);
       }
       at(call.saved.peak, slot) = row.peak, at(call.saved.mean, slot) = row.mean;
       at(call.saved.scale, slot) = row.scale, at(call.saved.slope, slot) = row.slope;

@@ -60,11 +60,13 @@ Outputs rank_truncate_forward(const Tensor& values, const Tensor& index, const s
   return {log_probabilities, columns, kept_mass, peak, log_total, expected, mean, scale, slope};
 }
 
-std::tuple<Tensor, Tensor> rank_truncate_backward(
-    const Tensor& grad_log_probabilities, const Tensor& grad_kept_mass, const Tensor& values, const Tensor& index,
-    const std::optional<Tensor>& column_mask, const Tensor& columns, const Tensor& log_probabilities,
-    const Tensor& peak, const Tensor& log_total, const Tensor& expected, const Tensor& mean, const Tensor& scale,
-    const Tensor& slope, const std::vector<double>& temperatures, int64_t vocab_size) {
+std::tuple<Tensor, Tensor> rank_truncate_backward(const Tensor& grad_log_probabilities, const Tensor& grad_kept_mass,
+                                                  const Tensor& values, const Tensor& index,
+                                                  const std::optional<Tensor>& column_mask, const Tensor& columns,
+                                                  const Tensor& log_probabilities, const Tensor& peak,
+                                                  const Tensor& log_total, const Tensor& expected, const Tensor& mean,
+                                                  const Tensor& scale, const Tensor& slope,
+                                                  const std::vector<double>& temperatures, int64_t vocab_size) {
   const LogitsArguments logits(values, index, column_mask, std::nullopt, temperatures, false, vocab_size);
   const int64_t R = int64_t(temperatures.size()), slots = index.numel();
   const Tensor chosen = checked_columns(columns, index);
@@ -82,8 +84,12 @@ std::tuple<Tensor, Tensor> rank_truncate_backward(
   };
   const Tensor upstream = of_columns(grad_log_probabilities), upstream_mass = of_rows(grad_kept_mass),
                kept = of_columns(log_probabilities);
-  const SavedTensors saved{of_temperatures(log_total), of_temperatures(expected), of_rows(peak),
-                           of_rows(mean),              of_rows(scale),            of_rows(slope)};
+  const SavedTensors saved{of_temperatures(log_total),
+                           of_temperatures(expected),
+                           of_rows(peak),
+                           of_rows(mean),
+                           of_rows(scale),
+                           of_rows(slope)};
   const Tensor grad_values = torch::stable::new_empty(values, values.sizes());
   const Tensor grad_log_scale = torch::stable::new_empty(values, index.sizes(), accumulator(values));
   const RankTruncateBackward call{logits.rows,

@@ -63,8 +63,9 @@ Outputs sorted_l1_forward(const Tensor& student_values, const Tensor& student_in
   const int64_t B = student.rows.sequences, A = student.rows.slots;
   const auto fresh = [&](const Tensor& values) {
     const auto row = [&] { return torch::stable::new_empty(values, {B, A}, accumulator(values)); };
-    return SavedOfSide{row(), row(), row(), row(), row(), row(), row(),
-                       torch::stable::new_empty(values, {B, A, kSavedSteps, 2}, accumulator(values))};
+    return SavedOfSide{
+        row(), row(), row(), row(),
+        row(), row(), row(), torch::stable::new_empty(values, {B, A, kSavedSteps, 2}, accumulator(values))};
   };
   const Tensor loss = torch::stable::new_empty(student_values, {B, A}, wider(student_values, teacher_values));
   const SavedOfSide of_student = fresh(student_values), of_teacher = fresh(teacher_values);
@@ -84,11 +85,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_l1_backward(
     const std::optional<Tensor>& teacher_log_scale, double teacher_temperature, bool teacher_standardize,
     int64_t teacher_vocab_size, const std::string& ties, int64_t top_k, const std::string& tail,
     const Tensor& student_peak, const Tensor& student_log_total, const Tensor& student_mean,
-    const Tensor& student_scale, const Tensor& student_slope, const Tensor& student_total,
-    const Tensor& student_moment, const Tensor& student_steps, const Tensor& teacher_peak,
-    const Tensor& teacher_log_total, const Tensor& teacher_mean, const Tensor& teacher_scale,
-    const Tensor& teacher_slope, const Tensor& teacher_total, const Tensor& teacher_moment,
-    const Tensor& teacher_steps, bool student_needed, bool teacher_needed) {
+    const Tensor& student_scale, const Tensor& student_slope, const Tensor& student_total, const Tensor& student_moment,
+    const Tensor& student_steps, const Tensor& teacher_peak, const Tensor& teacher_log_total,
+    const Tensor& teacher_mean, const Tensor& teacher_scale, const Tensor& teacher_slope, const Tensor& teacher_total,
+    const Tensor& teacher_moment, const Tensor& teacher_steps, bool student_needed, bool teacher_needed) {
   const LogitsArguments student(student_values, student_index, student_column_mask, student_log_scale,
                                 {student_temperature}, student_standardize, student_vocab_size);
   const LogitsArguments teacher(teacher_values, teacher_index, teacher_column_mask, teacher_log_scale,
@@ -100,11 +100,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_l1_backward(
     return dense(tensor, accumulator(values));
   };
   const Tensor &s = student_values, &t = teacher_values;
-  const SavedOfSide of_student{rows(student_peak, s),  rows(student_log_total, s), rows(student_mean, s),
-                               rows(student_scale, s), rows(student_slope, s),     rows(student_total, s),
+  const SavedOfSide of_student{rows(student_peak, s),   rows(student_log_total, s),
+                               rows(student_mean, s),   rows(student_scale, s),
+                               rows(student_slope, s),  rows(student_total, s),
                                rows(student_moment, s), rows(student_steps, s, 2 * kSavedSteps)},
-      of_teacher{rows(teacher_peak, t),  rows(teacher_log_total, t), rows(teacher_mean, t),
-                 rows(teacher_scale, t), rows(teacher_slope, t),     rows(teacher_total, t),
+      of_teacher{rows(teacher_peak, t),   rows(teacher_log_total, t),
+                 rows(teacher_mean, t),   rows(teacher_scale, t),
+                 rows(teacher_slope, t),  rows(teacher_total, t),
                  rows(teacher_moment, t), rows(teacher_steps, t, 2 * kSavedSteps)};
   const Tensor grad_of_student = rows(grad, s), grad_of_teacher = rows(grad, t);
   // A side that is not needed gets empty gradients.
@@ -132,21 +134,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_l1_backward(
 }  // namespace
 }  // namespace mlot
 
-#define MLOT_SIDE(side)                                                                           \
-  "Tensor " side "_values, Tensor " side "_index, Tensor? " side "_column_mask, Tensor? " side     \
+#define MLOT_SIDE(side)                                                                        \
+  "Tensor " side "_values, Tensor " side "_index, Tensor? " side "_column_mask, Tensor? " side \
   "_log_scale, float " side "_temperature, bool " side "_standardize, int " side "_vocab_size, "
-#define MLOT_SAVED(side)                                                                                     \
+#define MLOT_SAVED(side)                                                                                       \
   "Tensor " side "_peak, Tensor " side "_log_total, Tensor " side "_mean, Tensor " side "_scale, Tensor " side \
   "_slope, Tensor " side "_total, Tensor " side "_moment, Tensor " side "_steps, "
 #define MLOT_OPTIONS "str ties, int top_k, str tail"
 #define MLOT_EIGHT "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlot_cpu, library) {
-  library.def("sorted_l1_forward(" MLOT_SIDE("student") MLOT_SIDE("teacher") MLOT_OPTIONS
-              ") -> (Tensor, " MLOT_EIGHT ", " MLOT_EIGHT ")");
-  library.def("sorted_l1_backward(Tensor grad, " MLOT_SIDE("student") MLOT_SIDE("teacher") MLOT_OPTIONS
-              ", " MLOT_SAVED("student") MLOT_SAVED("teacher")
-              "bool student_needed, bool teacher_needed) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("sorted_l1_forward(" MLOT_SIDE("student") MLOT_SIDE("teacher") MLOT_OPTIONS ") -> (Tensor, " MLOT_EIGHT
+                                                                                          ", " MLOT_EIGHT ")");
+  library.def("sorted_l1_backward(Tensor grad, " MLOT_SIDE("student") MLOT_SIDE("teacher") MLOT_OPTIONS ", " MLOT_SAVED(
+      "student") MLOT_SAVED("teacher") "bool student_needed, bool teacher_needed) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlot_cpu, CPU, library) {

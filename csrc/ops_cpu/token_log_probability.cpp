@@ -16,9 +16,8 @@ Tensor checked_tokens(const Tensor& tokens, const Tensor& index) {
 }
 
 Outputs token_log_probability_forward(const Tensor& values, const Tensor& index,
-                                      const std::optional<Tensor>& column_mask,
-                                      const std::optional<Tensor>& log_scale, const Tensor& tokens, double temperature,
-                                      bool standardize, int64_t vocab_size) {
+                                      const std::optional<Tensor>& column_mask, const std::optional<Tensor>& log_scale,
+                                      const Tensor& tokens, double temperature, bool standardize, int64_t vocab_size) {
   const LogitsArguments logits(values, index, column_mask, log_scale, {temperature}, standardize, vocab_size);
   const Tensor chosen = checked_tokens(tokens, index);
   const auto fresh = [&] { return torch::stable::new_empty(values, index.sizes(), accumulator(values)); };

@@ -74,9 +74,15 @@ Run topk_softmax(const mlot::LogitsRows& rows, const float* upstream, const mlot
 Run rank_truncate(const mlot::LogitsRows& rows, const float* upstream, const mlot::Parallel& parallel) {
   const mlot::RankTruncate& kernels = MLOT_SELECT(rank_truncate);
   Run run(kSequences * kKept);
-  const mlot::RankTruncateForward call{
-      rows,          nullptr,       kKept, mlot::RankScope::sequence, 3, run.fresh(kSlots * kKept), run.columns.data(),
-      run.fresh(kSlots), run.scalars()};
+  const mlot::RankTruncateForward call{rows,
+                                       nullptr,
+                                       kKept,
+                                       mlot::RankScope::sequence,
+                                       3,
+                                       run.fresh(kSlots * kKept),
+                                       run.columns.data(),
+                                       run.fresh(kSlots),
+                                       run.scalars()};
   kernels.forward[0](call, parallel);
   kernels.backward[0]({rows, upstream, upstream, run.columns.data(), false, kKept, call.log_probabilities,
                        saved(call.saved), run.fresh(kSlots * kColumns), run.fresh(kSlots)},

@@ -1,4 +1,5 @@
-// How often each of the 65,536 values of a 16-bit dtype is in a row: all that there is to know of the row but its order.
+// How often each of the 65,536 values of a 16-bit dtype is in a row: all that there is to know of the row but its
+// order.
 #pragma once
 
 #include <algorithm>

@@ -116,9 +116,9 @@ struct WeightedSums {
 // A bin whose logits must be told apart.
 constexpr float kOpen = 3;
 
-// Sums over the logits of a row with the weights [kBins] of their bins; where `open` is not null, the descending keys of
-// finite logits in bins of weight kOpen go there, in the order of their columns, and not into the sums. In both, p is
-// without the row's constant factor.
+// Sums over the logits of a row with the weights [kBins] of their bins; where `open` is not null, the descending keys
+// of finite logits in bins of weight kOpen go there, in the order of their columns, and not into the sums. In both, p
+// is without the row's constant factor.
 template <class A>
 static inline WeightedSums sum_bins(const A* x, const bool* mask, int64_t columns, const BinScale<A>& given, A factor,
                                     const A* weights, std::vector<UnsignedKey<A>>* open) {

@@ -10,10 +10,10 @@ enum class RankScope { sequence, batch, token };
 // Outputs are written in full, zeros beyond the counted rows. R temperatures.
 struct RankTruncateForward {
   LogitsRows rows;
-  const int64_t* given;   // [B, k], or [B, A, k] for scope token; null: rank
+  const int64_t* given;  // [B, k], or [B, A, k] for scope token; null: rank
   int64_t k;
   RankScope scope;
-  int64_t threads;  // how many `Parallel` has
+  int64_t threads;          // how many `Parallel` has
   void* log_probabilities;  // [R, B, A, k]
   int64_t* columns;         // [B, k], or [B, A, k] for scope token
   void* kept_mass;          // [B, A]

@@ -106,7 +106,7 @@ static inline auto gradient_chunk_of(Temperatures kind, bool plain) {
 // What one row's gradient is made from.
 template <class A>
 struct GradientOfRow {
-  const A* log_p;          // dl/dlog p of the k columns: log_p[r * log_p_stride + i]
+  const A* log_p;  // dl/dlog p of the k columns: log_p[r * log_p_stride + i]
   int64_t log_p_stride;
   const A* kept;           // log p of the k columns at the first temperature, or null
   A mass;                  // dl/d of the sum of their exp
@@ -129,8 +129,8 @@ struct KeptColumn {
   A gradient;  // what dl/dx gets there beside the dense part
 };
 
-// Reads the row `x` once and writes the gradient of the distribution's columns to `out`. Given columns that do not exist
-// or are not looked at pass nothing on. Returns the gradient of the row's log scale.
+// Reads the row `x` once and writes the gradient of the distribution's columns to `out`. Given columns that do not
+// exist or are not looked at pass nothing on. Returns the gradient of the row's log scale.
 template <class T, class A = Accumulator<T>>
 static inline A row_gradient(const LogitsRows& rows, const T* x, const ScalarsOfRow<A>& saved,
                              const GradientOfRow<A>& gradient, T* out) {
@@ -162,9 +162,8 @@ static inline A row_gradient(const LogitsRows& rows, const T* x, const ScalarsOf
     factors[r] = A(kLog2E / scaled);
     weights[r] = A((lse - total) * std::exp(-double(saved.log_total[r * saved.stride])) / scaled);
   }
-  std::sort(kept.begin(), kept.end(), [](const auto& a, const auto& b) {
-    return a.column != b.column ? a.column < b.column : a.slot < b.slot;
-  });
+  std::sort(kept.begin(), kept.end(),
+            [](const auto& a, const auto& b) { return a.column != b.column ? a.column < b.column : a.slot < b.slot; });
 
   Temperatures kind = R == 1 ? Temperatures::one : Temperatures::several;
   if (R == 2 && rows.temperatures[0] == 2 * rows.temperatures[1]) kind = Temperatures::squared;
@@ -215,8 +214,7 @@ static inline void gradient_of_rows(const LogitsRows& rows, const SavedScalars<c
         .scale = at(saved.scale, slot),
         .slope = at(saved.slope, slot),
     };
-    static_cast<A*>(grad_log_scale)[slot] =
-        row_gradient(rows, row_of<T>(rows, slot), scalars, gradient_of(slot), out);
+    static_cast<A*>(grad_log_scale)[slot] = row_gradient(rows, row_of<T>(rows, slot), scalars, gradient_of(slot), out);
   });
 }
 

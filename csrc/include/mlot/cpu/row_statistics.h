@@ -14,8 +14,8 @@
 
 namespace mlot::MLOT_ISA {
 
-constexpr int64_t kTile = 64;     // columns with one maximum
-constexpr int64_t kChunk = 2048;  // columns that stay in the L1 cache between the passes over them
+constexpr int64_t kTile = 64;              // columns with one maximum
+constexpr int64_t kChunk = 2048;           // columns that stay in the L1 cache between the passes over them
 constexpr double kDeviationOffset = 1e-4;  // of the published Multi-Level-OT code, added after the square root
 
 // How many rows are worth a thread's start.

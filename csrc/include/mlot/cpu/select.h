@@ -190,8 +190,9 @@ static inline void sort_descending(std::vector<C>& candidates, std::vector<C>& o
   }
 }
 
-// Collects what passes a threshold. Little-endian: the first of eight flags is the lowest byte of their word. Never holds more than a few times k candidates: when they are too many, the k
-// largest stay, and the smallest of these is the threshold from there on.
+// Collects what passes a threshold. Little-endian: the first of eight flags is the lowest byte of their word. Never
+// holds more than a few times k candidates: when they are too many, the k largest stay, and the smallest of these is
+// the threshold from there on.
 template <class A>
 class Collector {
  public:
@@ -308,8 +309,8 @@ static inline void select_largest(const T* row, const bool* mask, int64_t n, int
     return;
   }
   A* maxima = scratch.maxima_of(groups_of(n, group));
-  const bool nan = group == kGroup ? group_maxima<kGroup>(row, mask, n, maxima)
-                                   : group_maxima<kShortGroup>(row, mask, n, maxima);
+  const bool nan =
+      group == kGroup ? group_maxima<kGroup>(row, mask, n, maxima) : group_maxima<kShortGroup>(row, mask, n, maxima);
   select_from_maxima(row, mask, n, k, group, maxima, nan, columns, scratch);
 }
 

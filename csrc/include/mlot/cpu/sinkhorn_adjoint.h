@@ -106,8 +106,7 @@ static inline void segment_adjoint(const Problem<A>& p, const Slabs<A>& slabs, i
       F_bar.values *= scale.values * inverse.values;
       F_bar.store(beta + i), F_bar.store(scales);
     };
-    sweep(
-        segment.kernel.get(), p.width, alpha, slabs, scratch, sums, []<int R>(int64_t) {}, row);
+    sweep(segment.kernel.get(), p.width, alpha, slabs, scratch, sums, []<int R>(int64_t) {}, row);
     for (int64_t j = 0; j < p.width; ++j) G_bar[j] = -v_before[j] * sums[j];
     clear_drift(p, G_bar);
   }

@@ -17,8 +17,7 @@ static inline void log_step_adjoint(const Problem<A>& p, const Slabs<A>& slabs, 
   const int64_t width = p.width;
   A *Q = s.softmax.resize(p.m * width), *sums = s.sums.resize(width), *G_bar = s.G_bar.get();
   const auto exp_at = [&](int64_t i, A shift, const A* other, int64_t j) {
-    return exp2_negative<A>(
-        at_least_smallest<A>(F[i] - load(p.row(i) + j) * p.scale + load(other + j) - shift));
+    return exp2_negative<A>(at_least_smallest<A>(F[i] - load(p.row(i) + j) * p.scale + load(other + j) - shift));
   };
   slabs.sum(sums, width, scratch, [&](int64_t first, int64_t last, A* partial) {
     for (int64_t i = first; i < last; ++i) {

@@ -53,8 +53,7 @@ static inline const A* upstream_row(const Problem<A>& p, const PlanGradient<A>& 
 // W at the vector of columns from j on.
 template <class A>
 MLOT_INLINE Vector<A> gradient_at(const PlanGradient<A>& g, const A* cost, const A* extra, A row, int64_t j) {
-  return load(g.weight.get() + j) * load(cost + j) + (row + load(g.column.get() + j)) +
-         load(extra + j);
+  return load(g.weight.get() + j) * load(cost + j) + (row + load(g.column.get() + j)) + load(extra + j);
 }
 
 template <class A>

@@ -26,8 +26,7 @@ MLOT_INLINE Vector<A> shift_of(Vector<A> peak) {
 template <class A>
 static inline double log_row(const A* cost, int64_t width, A scale, const A* G) {
   Vector<A> highest = all(A(-INFINITY)), total[2] = {};
-  for (int64_t j = 0; j < width; j += kWidth<A>)
-    highest = larger(load(G + j) - load(cost + j) * scale, highest);
+  for (int64_t j = 0; j < width; j += kWidth<A>) highest = larger(load(G + j) - load(cost + j) * scale, highest);
   const A peak = largest<A>(highest);
   const Vector<A> shift = shift_of<A>(all(peak));
   for (int64_t j = 0; j < width; j += 2 * kWidth<A>) {

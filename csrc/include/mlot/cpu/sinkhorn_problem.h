@@ -33,7 +33,7 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(A* values) const { ::operator delete (values, std::align_val_t{64}); }
+    void operator()(A* values) const { ::operator delete(values, std::align_val_t{64}); }
   };
   std::unique_ptr<A, Free> values_;
   int64_t room_ = 0;

@@ -13,8 +13,7 @@ struct Plan {
   std::vector<double> F, G;  // [m], [n]
 
   void row(int64_t i, int64_t width, A* out) const {
-    for (int64_t j = 0; j < width; j += kWidth<A>)
-      store(load(kernel + i * width + j) * u[i] * load(v + j), out + j);
+    for (int64_t j = 0; j < width; j += kWidth<A>) store(load(kernel + i * width + j) * u[i] * load(v + j), out + j);
   }
 };
 

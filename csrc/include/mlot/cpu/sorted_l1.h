@@ -11,7 +11,8 @@ constexpr int64_t kSavedSteps = 64;
 
 // What forward leaves of a side for backward: row scalars [B, A] in the side's accumulator's dtype, zeros beyond the
 // counted rows; and steps [B, A, kSavedSteps, 2], how many there are and the first one's sign, then each further one's
-// threshold, which its logits are below, and its sign. A negative number: they are too many, or no function of the logit.
+// threshold, which its logits are below, and its sign. A negative number: they are too many, or no function of the
+// logit.
 template <class Pointer>
 struct SortedL1Saved {
   Pointer peak, log_total, mean, scale, slope, total, moment, steps;

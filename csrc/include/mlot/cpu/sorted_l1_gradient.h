@@ -103,10 +103,13 @@ static inline void gradient_by_value(const T* x, int64_t n, const SignedGradient
   for (int64_t i = 0; i < count; ++i) narrow(distinct[i], values[i]);
   T* const gradient = values.data() + count;
   int64_t step = 0;
-  gradient_by_column(values.data(), count, g, [&](int64_t, float value) {
-    while (step + 1 < steps.size() && value < steps.below[step + 1]) ++step;
-    return steps.sign[step];
-  }, gradient);
+  gradient_by_column(
+      values.data(), count, g,
+      [&](int64_t, float value) {
+        while (step + 1 < steps.size() && value < steps.below[step + 1]) ++step;
+        return steps.sign[step];
+      },
+      gradient);
   for (int64_t i = 0; i < count; ++i) {
     table[values[i].bits] = gradient[i];
     if (distinct[i] == 0) table[0] = table[0x8000] = gradient[i];

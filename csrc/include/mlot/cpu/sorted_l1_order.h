@@ -48,8 +48,8 @@ class SideOrder {
     } else {
       const TemperaturePair alone{0, -1, 1};
       ExponentialSums sums;
-      row = row_statistics(x_, rows_.vocab_size, rows_.standardize, rows_.temperatures, 1, &alone, 1, &sums,
-                           &log_total, &expected, 1, static_cast<A*>(nullptr));
+      row = row_statistics(x_, rows_.vocab_size, rows_.standardize, rows_.temperatures, 1, &alone, 1, &sums, &log_total,
+                           &expected, 1, static_cast<A*>(nullptr));
     }
     const double log_scale = rows_.log_scale ? double(static_cast<const A*>(rows_.log_scale)[slot]) : 0;
     weight_ = A(std::exp(log_scale - double(log_total)));
@@ -162,8 +162,7 @@ class SideOrder {
   double log2_p(A x) const { return double(x - row.peak) * double(factor_) + log2_weight_; }
 
   WeightedSums sum(std::vector<UnsignedKey<A>>* open) const {
-    WeightedSums sums =
-        sum_bins(x_, rows_.column_mask, rows_.vocab_size, scale_, factor_, weights_.data(), open);
+    WeightedSums sums = sum_bins(x_, rows_.column_mask, rows_.vocab_size, scale_, factor_, weights_.data(), open);
     sums.total *= double(weight_), sums.moment *= double(weight_);
     return sums;
   }
@@ -220,9 +219,7 @@ class SideOrder {
   template <class Own>
   void add_run(size_t& next, const Own& own, bool mean_over_ties) {
     const uint32_t run = pieces[next].run;
-    const auto threshold = [&] {
-      return steps.size() == 0 ? A(INFINITY) : value_above(runs.x[run]);
-    };
+    const auto threshold = [&] { return steps.size() == 0 ? A(INFINITY) : value_above(runs.x[run]); };
     if (next + 1 == pieces.size() || pieces[next + 1].run != run) {
       steps.add(A(own(pieces[next].sign)), threshold);
       ++next;

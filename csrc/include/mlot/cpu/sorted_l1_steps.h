@@ -54,9 +54,7 @@ struct Steps {
   }
 
  private:
-  void push(A own, A threshold, uint32_t n) {
-    below.push_back(threshold), sign.push_back(own), length.push_back(n);
-  }
+  void push(A own, A threshold, uint32_t n) { below.push_back(threshold), sign.push_back(own), length.push_back(n); }
 };
 
 // Finds the step of any logit of a row, however many there are.
