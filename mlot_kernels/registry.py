@@ -9,6 +9,7 @@ An operator whose outputs are indices has no gradient, and so nothing to join: i
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,15 @@ def plain_operator(schema: str, *, fake: Callable[..., Any], implementations: Ta
     name = _name(schema)
     OPERATORS[name] = Operator(name, op, None, implementations, {})
     return OPERATORS[name]
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of ``module``, imported at its first call: Triton need not be installed."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return call
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,15 +13,25 @@ from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
 from mlot_kernels.native import native
 from mlot_kernels.ops.rank_truncate import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, Tensor? given"
 _OPTIONS = "float[] temperatures, bool standardize, SymInt vocab_size, SymInt k, str scope, str backend"
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor kept_mass, {_SAVED})"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "rank_truncate_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "rank_truncate_backward")}
+_TRITON = "mlot_kernels.ops.rank_truncate.triton_kernels"
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "rank_truncate_forward"),
+    "triton": lazy(_TRITON, "forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "rank_truncate_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(

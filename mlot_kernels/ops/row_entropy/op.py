@@ -11,14 +11,24 @@ from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.native import native
 from mlot_kernels.ops.row_entropy import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale"
 _SAVED = "Tensor mass, Tensor peak, Tensor log_total, Tensor mean, Tensor scale, Tensor slope, Tensor moment"
 _OPTIONS = "float temperature, bool standardize, SymInt vocab_size, str backend"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "row_entropy_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "row_entropy_backward")}
+_TRITON = "mlot_kernels.ops.row_entropy.triton_kernels"
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "row_entropy_forward"),
+    "triton": lazy(_TRITON, "forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "row_entropy_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(values: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -12,15 +12,25 @@ from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.native import native
 from mlot_kernels.ops.token_log_probability import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
 _INPUTS = "Tensor values, Tensor index, Tensor? column_mask, Tensor? log_scale, Tensor tokens"
 _OPTIONS = "float temperature, bool standardize, SymInt vocab_size, str backend"
 _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor scale, Tensor slope"
 _OUTPUTS = f"(Tensor log_probability, {_SAVED})"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "token_log_probability_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "token_log_probability_backward")}
+_TRITON = "mlot_kernels.ops.token_log_probability.triton_kernels"
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "token_log_probability_forward"),
+    "triton": lazy(_TRITON, "forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "token_log_probability_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(values: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,197 @@
+"""The columns of the k largest logits of every row, on a GPU: exact, in the order of a stable descending sort.
+
+The maxima of groups of 64 columns give a threshold: at least k elements are no smaller than the k-th largest of them,
+and few but the k largest are. What passes it is collected, as integers that are different for every column and sort as
+(logit, column) does, and ``torch.topk`` orders these few. Where ties or a large k make them too many, the k-th largest
+logit itself is found, bit by bit, in 32 readings of the row: exact, but slow.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mlot_kernels.triton_rows import load_tile, row_of
+
+GROUP = 64
+BLOCK = 2048
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+
+_LEAST: tl.constexpr = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def _keys(x_ptr, column_mask_ptr, start, end, BLOCK: tl.constexpr):
+    """int32 ``[BLOCK]`` that sort as the logits do; columns that are not looked at, or beyond ``end``, are last."""
+    x = load_tile(x_ptr, start, end, tl.float32, BLOCK)
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is equal to 0
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    columns = start + tl.arange(0, BLOCK)
+    if column_mask_ptr is not None:
+        keys = tl.where(tl.load(column_mask_ptr + columns, mask=columns < end, other=0) != 0, keys, _LEAST)
+    return tl.where(columns < end, keys, _LEAST)
+
+
+@triton.jit
+def _group_maxima(
+    values_ptr,
+    index_ptr,
+    column_mask_ptr,
+    maxima_ptr,
+    slots,
+    batch_stride,
+    row_stride,
+    vocab_size,
+    groups,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns one tile of one row: reads it once, writes the largest key of each of its groups."""
+    slot = tl.program_id(0)
+    x_ptr, counts = row_of(values_ptr, index_ptr, slot, slots, batch_stride, row_stride)
+    if counts:
+        keys = _keys(x_ptr, column_mask_ptr, tl.program_id(1) * BLOCK, vocab_size, BLOCK)
+        largest = tl.max(tl.reshape(keys, [BLOCK // GROUP, GROUP]), 1)
+        group = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        tl.store(maxima_ptr + slot.to(tl.int64) * groups + group, largest, mask=group < groups)
+
+
+@triton.jit
+def _kth_of_maxima(maxima_ptr, groups, k, BLOCK: tl.constexpr):
+    """The k-th largest of the maxima, bit by bit from the top; the least number where there are fewer."""
+    found = tl.full([], _LEAST, tl.int32)
+    for i in range(0, 32):
+        bit = tl.full([], 1, tl.int32) << (31 - i)
+        trial = ((found ^ _LEAST) | bit) ^ _LEAST  # as an unsigned number it grows
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, groups, BLOCK):
+            group = start + tl.arange(0, BLOCK)
+            maxima = tl.load(maxima_ptr + group, mask=group < groups, other=_LEAST)
+            count += (maxima >= trial).to(tl.int32)
+        found = tl.where(tl.sum(count, 0) >= k, trial, found)
+    return found
+
+
+@triton.jit
+def _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK: tl.constexpr):
+    """The k-th largest key of a row, and how many are above it."""
+    found = tl.full([], _LEAST, tl.int32)
+    for i in range(0, 32):
+        bit = tl.full([], 1, tl.int32) << (31 - i)
+        trial = ((found ^ _LEAST) | bit) ^ _LEAST
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, vocab_size, BLOCK):
+            count += (_keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK) >= trial).to(tl.int32)
+        found = tl.where(tl.sum(count, 0) >= k, trial, found)
+    above = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocab_size, BLOCK):
+        above += (_keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK) > found).to(tl.int32)
+    return found, tl.sum(above, 0)
+
+
+@triton.jit
+def _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity):
+    """Appends the chosen of a tile behind the ``taken`` ones, in their order; returns how many that makes."""
+    order = keys.to(tl.int64) * 0x100000000 + (0xFFFFFFFF - columns.to(tl.int64))
+    number = chosen.to(tl.int32)
+    place = taken + tl.cumsum(number, 0) - 1
+    tl.store(chosen_ptr + place, order, mask=chosen & (place < capacity))
+    return taken + tl.sum(number, 0)
+
+
+@triton.jit
+def _collect(
+    values_ptr,
+    index_ptr,
+    column_mask_ptr,
+    maxima_ptr,
+    chosen_ptr,
+    slots,
+    batch_stride,
+    row_stride,
+    vocab_size,
+    groups,
+    k,
+    capacity,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns one slot: reads its groups' maxima and the tiles that hold one of the largest, writes what may be of the k.
+
+    ``chosen`` ``[B, A, capacity]``; places that stay free hold the least number.
+    """
+    slot = tl.program_id(0)
+    x_ptr, counts = row_of(values_ptr, index_ptr, slot, slots, batch_stride, row_stride)
+    maxima_ptr += slot.to(tl.int64) * groups
+    chosen_ptr += slot.to(tl.int64) * capacity
+    taken = tl.zeros([], tl.int32)
+    if counts:
+        threshold = _kth_of_maxima(maxima_ptr, groups, k, BLOCK)
+        for start in range(0, vocab_size, BLOCK):
+            group = start // GROUP + tl.arange(0, BLOCK // GROUP)
+            maxima = tl.load(maxima_ptr + group, mask=group < groups, other=_LEAST)
+            if tl.max(maxima, 0) >= threshold:
+                keys = _keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK)
+                columns = start + tl.arange(0, BLOCK)
+                chosen = (keys >= threshold) & (columns < vocab_size)
+                taken = _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity)
+        if taken > capacity:
+            kth, above = _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK)
+            tl.debug_barrier()  # what was written above is written anew
+            taken = tl.zeros([], tl.int32)
+            equal = tl.zeros([], tl.int32)
+            for start in range(0, vocab_size, BLOCK):
+                keys = _keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK)
+                columns = start + tl.arange(0, BLOCK)
+                same = ((keys == kth) & (columns < vocab_size)).to(tl.int32)
+                first = equal + tl.cumsum(same, 0) <= k - above
+                chosen = (keys > kth) | ((same == 1) & first)
+                taken = _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity)
+                equal += tl.sum(same, 0)
+    for start in range(0, capacity, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        free = (place >= taken) & (place < capacity)
+        tl.store(chosen_ptr + place, tl.full([BLOCK], -(2**63), tl.int64), mask=free)
+
+
+def largest_columns(values: Tensor, index: Tensor, column_mask: Tensor | None, vocab_size: int, k: int) -> Tensor:
+    """The columns ``[B, A, k]`` of each row's k largest logits, lower ones first among equals, left-out ones last.
+
+    Where no row counts they mean nothing. float64 rows are sorted by torch: for gradcheck, not for speed.
+    """
+    B, A = index.shape
+    if values.dtype == torch.float64:
+        rows = values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, values.shape[2]))[..., :vocab_size]
+        order = rows.sort(dim=-1, descending=True, stable=True).indices
+        if column_mask is not None:
+            order = order.gather(2, (~column_mask[order]).to(torch.uint8).argsort(dim=-1, stable=True))
+        return order[..., :k].contiguous()
+    groups = triton.cdiv(vocab_size, GROUP)
+    capacity = min(triton.next_power_of_2(4 * k), triton.next_power_of_2(vocab_size))
+    maxima = index.new_empty(B, A, groups, dtype=torch.int32)
+    chosen = index.new_empty(B, A, capacity)
+    if B * A:
+        index = index.contiguous()
+        strides = values.stride()[:2]
+        _group_maxima[(B * A, triton.cdiv(vocab_size, BLOCK))](
+            values, index, column_mask, maxima, A, *strides, vocab_size, groups, GROUP=GROUP, BLOCK=BLOCK, **LAUNCH
+        )
+        _collect[(B * A,)](
+            values,
+            index,
+            column_mask,
+            maxima,
+            chosen,
+            A,
+            *strides,
+            vocab_size,
+            groups,
+            k,
+            capacity,
+            GROUP=GROUP,
+            BLOCK=BLOCK,
+            **LAUNCH,
+        )
+    return 0xFFFFFFFF - (chosen.topk(k).values & 0xFFFFFFFF)

@@ -1,0 +1,130 @@
+"""Every launch that the operators make compiles for every architecture, without a GPU: specialised as a real launch is,
+no stack, and within a budget of registers."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="it compiles the kernels; pip install 'mlot-kernels[triton]'")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from mlot_kernels import Logits, Rows, gather_columns, rank_truncate, row_entropy, token_log_probability, topk_softmax
+from tests.conftest import FULL
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TARGETS = [GPUTarget("cuda", 90, 32)]
+if FULL:
+    TARGETS += [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64) if FULL else (torch.float32, torch.bfloat16)
+REGISTERS = 128  # float64, which serves gradcheck, is exempt, also from having no stack
+VOCABULARIES = [(151_936, 151_936), (50_257, 50_257), (151_665, 151_936)]  # columns, and the stride of rows
+WALKS = ("_statistics", "_forward", "_partial_sums", "_group_maxima", "_write_dense", "_backward")  # read whole rows
+
+
+class Offline:
+    """Stands in for a GPU's driver: names a target, launches nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def compile_only(monkeypatch):
+    """``with compile_only(target) as kernels``: launches in the block compile for ``target``, into ``kernels``."""
+    run = JITFunction.run
+
+    @contextlib.contextmanager
+    def block(target: GPUTarget) -> Iterator[list[tuple[str, Any]]]:
+        kernels: list[tuple[str, Any]] = []
+
+        def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            assert "enable_fp_fusion" in options, f"{self.__name__}: fusion is left to a default"
+            self.device_caches.clear()  # keyed by device, not by target
+            kernels.append((self.__name__, run(self, *arguments, grid=grid, warmup=True, **options)))
+
+        monkeypatch.setattr(JITFunction, "run", record)
+        monkeypatch.setattr(driver, "_active", Offline(target))  # reset_active() raises where there is no GPU
+        yield kernels
+
+    return block
+
+
+def entropy(logits):
+    return row_entropy(logits, backend="triton")
+
+
+def token(logits):
+    return token_log_probability(logits, torch.zeros_like(logits.rows.index), backend="triton")
+
+
+def top(logits):
+    result = topk_softmax(logits, k=50, backend="triton")
+    return result.log_probabilities.sum() + result.lse.sum()
+
+
+def ranked(logits):
+    return rank_truncate(logits, k=50, also_at=(2.0,), backend="triton").log_probabilities
+
+
+def ranked_each_row(logits):
+    return rank_truncate(logits, k=50, scope="token", backend="triton").kept_mass
+
+
+def gathered(logits):
+    columns = torch.zeros(logits.values.shape[0], 7, dtype=torch.int64)
+    return gather_columns(logits, columns, backend="triton").log_probabilities
+
+
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    path.write_bytes(cubin)
+    text = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every field"])
+@pytest.mark.parametrize("call", [entropy, token, top, ranked, ranked_each_row, gathered], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"sm_{target.arch}".replace("sm_gfx", "gfx"))
+@pytest.mark.parametrize(("V", "stride"), VOCABULARIES)
+def test_launches_compile_within_budget(V, stride, target, dtype, call, plain, compile_only, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlot_kernels.backends._INTERPRETED", True)  # lets the backend take tensors of the CPU
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of some hundred megabytes
+    values = torch.zeros(1, 2, stride, dtype=dtype)[..., :V].requires_grad_()
+    logits = Logits(values, Rows.every(1, 2))
+    if not plain:
+        columns = torch.ones(V, dtype=torch.bool)
+        logits = Logits(values, Rows.every(1, 2), 0.7, True, V - 1, columns, torch.zeros(1, 2))
+    with compile_only(target) as kernels:
+        call(logits).sum().backward()
+    assert kernels
+    for name, kernel in kernels:
+        if target.backend == "hip":
+            assert kernel.asm["hsaco"], name
+            continue
+        used = resources(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
+        if dtype != torch.float64:
+            assert used["STACK"] == used["LOCAL"] == 0, (name, used)
+            assert used["REG"] <= REGISTERS, (name, used)
+        if name in WALKS and stride % 16 == 0 and (name != "_write_dense" or stride == V):
+            assert re.search(r"ld\.global[.\w:]*\.v[24]\.", kernel.asm["ptx"]), f"{name} loads single elements"
