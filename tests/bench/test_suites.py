@@ -175,3 +175,13 @@ def test_peak_memory_counts_what_is_held_at_a_time():
     except OSError as error:
         pytest.skip(f"this system does not tell a process its peak: {error}")
     assert 3 * logits < peak < 8 * logits  # five tensors of their size at a time
+
+
+def test_the_table_of_hard_rows(capsys):
+    pytest.importorskip("rich", reason="the table is printed with rich; pip install 'mlot-kernels[demo]'")
+    from bench import sorted_l1_rows
+
+    sorted_l1_rows.main(["--vocabularies", "301", "257", "--rows", "2", "--turns", "1", "--backend", "reference"])
+    printed = capsys.readouterr().out
+    assert all(kind[:12] in printed for kind in sorted_l1_rows.KINDS)
+    assert printed.count("(1.0)") >= len(sorted_l1_rows.DTYPES)
