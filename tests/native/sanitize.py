@@ -48,7 +48,7 @@ def check_address_and_undefined() -> None:
         "OMP_NUM_THREADS": "2",
     }
     pytest = Path(sys.executable).with_name("pytest")
-    subprocess.run([pytest, "-q", "-x", *TESTS, "-k", CONTRACT], cwd=folder, env=environment, check=True)
+    subprocess.run([pytest, "-q", "-x", "-n", "auto", *TESTS, "-k", CONTRACT], cwd=folder, env=environment, check=True)
 
 
 def check_threads() -> None:
