@@ -76,9 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--backend", default="cpu")
     options = parser.parse_args(arguments)
-    table = Table(
-        title=f"sorted_l1, {options.vocabularies}, {torch.get_num_threads()} threads: ns per element (x usual)"
-    )
+    sizes = " and ".join(f"{V:,}" for V in options.vocabularies)
+    table = Table(title=f"sorted_l1, {sizes} columns, {torch.get_num_threads()} threads: ns per element (x usual)")
     table.add_column("rows")
     columns = []
     for dtype in DTYPES:
