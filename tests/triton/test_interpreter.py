@@ -14,9 +14,9 @@ from tests.conftest import DEVICE, FULL
 
 pytest.importorskip("triton", reason="the kernels are Triton's; pip install 'mlot-kernels[triton]'")
 
-# Every program is a Python loop here: no case of many rows, no float64, no promise but values, and NaN in one dtype.
-# `make test-full` runs them all.
-QUICK = "not float64 and not many and (fidelity or (nan_shows or not_read or determinism))"
+# Every program is a Python loop here, and takes milliseconds: the quick run has values alone, without float64 and many
+# rows, and in 16 bits of the two cases with most in them. `make test-full` has all.
+QUICK = "fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every)))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes"
 
 
