@@ -58,6 +58,8 @@ def test_contenders_agree(subject, dtype):
     suite = suite_of(subject)
     eager = [name for name, peer in suite.peers.items() if not peer.compiled and peer.needs is None]
     for contender in (*suite.backends, *eager):
+        if contender in ("triton", "cuda"):  # they need a GPU, where bench/gpu_check.py measures and judges them
+            continue
         errors = check(small(suite, contender, dtype=dtype))
         sorts = contender in suite.peers and suite.peers[contender].sorts and dtype == torch.bfloat16
         assert (errors.gradient is None) == (not suite.leaves or sorts)
