@@ -72,6 +72,12 @@ def double_of(bits):
     return bits.to(tl.float64, bitcast=True)
 
 
+@triton.jit
+def exponent_factor(temperature_bits, scale, acc: tl.constexpr):
+    """What x - peak is multiplied with to be an exponent of 2: log2(e) / (temperature scale), made in float64."""
+    return ((1 / (double_of(temperature_bits) * scale.to(tl.float64))) * _LOG2E).to(acc)
+
+
 def bits_of(x: float) -> int:
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
@@ -162,10 +168,9 @@ def _statistics(
     if STANDARDIZE:
         peak, mean, scale, slope = deviation(x_ptr, end, acc, BLOCK)
     r = tl.arange(0, WIDE_R)
-    temperatures = tl.full([WIDE_R], 1.0, tl.float64)
+    factors = tl.full([WIDE_R], 1.0, acc)
     for i in tl.static_range(R):
-        temperatures = tl.where(r == i, double_of(temperature_bits[i]), temperatures)
-    factors = ((1 / (temperatures * scale.to(tl.float64))) * _LOG2E).to(acc)
+        factors = tl.where(r == i, exponent_factor(temperature_bits[i], scale, acc), factors)
     total = tl.zeros([WIDE_R, BLOCK], acc)
     moment = tl.zeros([WIDE_R, BLOCK], acc)
     for start in range(0, end, BLOCK):
@@ -349,8 +354,7 @@ def dense(x, slot, all_slots, peak, scale, mean, weight_ptr, through_ptr, temper
     below = x - peak
     dx = (below - mean) * tl.load(through_ptr + slot)
     for r in tl.static_range(R):
-        temperature = double_of(temperature_bits[r])
-        factor = ((1 / (temperature * scale.to(tl.float64))) * _LOG2E).to(x.dtype)
+        factor = exponent_factor(temperature_bits[r], scale, x.dtype)
         dx += tl.exp2(below * factor) * tl.load(weight_ptr + r * all_slots + slot)
     return tl.where(below == float("-inf"), 0.0, dx)
 

@@ -23,6 +23,17 @@ _LEAST: tl.constexpr = tl.constexpr(-(2**31))
 
 
 @triton.jit
+def order_of(keys, columns):
+    """int64 that are different for every column, larger for a larger int32 key and then for a lower column."""
+    return keys.to(tl.int64) * 0x100000000 + (0xFFFFFFFF - columns.to(tl.int64))
+
+
+def columns_of(order: Tensor) -> Tensor:
+    """The columns that ``order_of`` was given."""
+    return 0xFFFFFFFF - (order & 0xFFFFFFFF)
+
+
+@triton.jit
 def _keys(x_ptr, column_mask_ptr, start, end, BLOCK: tl.constexpr):
     """int32 ``[BLOCK]`` that sort as the logits do; columns that are not looked at, or beyond ``end``, are last."""
     x = load_tile(x_ptr, start, end, tl.float32, BLOCK)
@@ -94,10 +105,9 @@ def _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK: tl.constexpr):
 @triton.jit
 def _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity):
     """Appends the chosen of a tile behind the ``taken`` ones, in their order; returns how many that makes."""
-    order = keys.to(tl.int64) * 0x100000000 + (0xFFFFFFFF - columns.to(tl.int64))
     number = chosen.to(tl.int32)
     place = taken + tl.cumsum(number, 0) - 1
-    tl.store(chosen_ptr + place, order, mask=chosen & (place < capacity))
+    tl.store(chosen_ptr + place, order_of(keys, columns), mask=chosen & (place < capacity))
     return taken + tl.sum(number, 0)
 
 
@@ -194,4 +204,4 @@ def largest_columns(values: Tensor, index: Tensor, column_mask: Tensor | None, v
             BLOCK=BLOCK,
             **LAUNCH,
         )
-    return 0xFFFFFFFF - (chosen.topk(k).values & 0xFFFFFFFF)
+    return columns_of(chosen.topk(k).values)

@@ -7,7 +7,6 @@ depend on nothing but its own rows. Backward is that of ``triton_rows``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mlot_kernels import triton_rows as rows
-from mlot_kernels.triton_rows import double_of, load_tile, row_of, store_tile
-from mlot_kernels.triton_select import largest_columns
+from mlot_kernels.triton_rows import exponent_factor, load_tile, row_of, store_tile
+from mlot_kernels.triton_select import columns_of, largest_columns, order_of
 
 BLOCK = 2048
 PARTIAL_ROWS = 64  # counted rows of a sequence that are added up by one program
-_LOG2E: tl.constexpr = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
@@ -52,13 +50,12 @@ def _partial_sums(
     sequence = part // parts
     first = part % parts * ROWS
     start = tl.program_id(1) * BLOCK
-    temperature = double_of(temperature_bits)
     sums = tl.zeros([BLOCK], acc)
     for a in range(first, tl.minimum(first + ROWS, slots)):
         slot = sequence * slots + a
         x_ptr, counts = row_of(values_ptr, index_ptr, slot, slots, batch_stride, row_stride)
         if counts:
-            factor = ((1 / (temperature * tl.load(scale_ptr + slot).to(tl.float64))) * _LOG2E).to(acc)
+            factor = exponent_factor(temperature_bits, tl.load(scale_ptr + slot), acc)
             log_weight = -tl.load(log_total_ptr + slot)
             if log_scale_ptr is not None:
                 log_weight += tl.load(log_scale_ptr + slot).to(acc)
@@ -87,8 +84,7 @@ def _order(partial_ptr, column_mask_ptr, out_ptr, parts, vocab_size, DOUBLE: tl.
         sums = tl.where(looked_at, sums, -1.0)
     if not DOUBLE:
         bits = tl.where(sums == sums, sums.to(tl.int32, bitcast=True), 0x7FFFFFFF)  # sums are not negative: bits sort
-        order = bits.to(tl.int64) * 0x100000000 + (0xFFFFFFFF - columns.to(tl.int64))
-        tl.store(out_ptr + ranking * vocab_size + columns, order, mask=columns < vocab_size)
+        tl.store(out_ptr + ranking * vocab_size + columns, order_of(bits, columns), mask=columns < vocab_size)
     else:
         tl.store(out_ptr + ranking * vocab_size + columns, sums, mask=columns < vocab_size)
 
@@ -140,7 +136,7 @@ def _rank(
         columns, nan = columns[:, :k], top[:, 0].isnan()
     else:
         top = order.topk(k).values
-        columns, nan = 0xFFFFFFFF - (top & 0xFFFFFFFF), top[:, 0] >> 32 == 0x7FFFFFFF
+        columns, nan = columns_of(top), top[:, 0] >> 32 == 0x7FFFFFFF
     poison = partial.new_zeros(rankings).masked_fill(nan, float("nan"))
     return columns.expand(B, k).contiguous(), poison.expand(B).contiguous()
 

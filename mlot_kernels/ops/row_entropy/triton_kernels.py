@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mlot_kernels import triton_rows as rows
 from mlot_kernels.checks import accumulator
-from mlot_kernels.triton_rows import deviation, double_of, load_tile, row_of, store_tile
+from mlot_kernels.triton_rows import deviation, double_of, exponent_factor, load_tile, row_of, store_tile
 
 FORWARD_BLOCK = 2048
 BACKWARD_BLOCK = 4096
-_LOG2E: tl.constexpr = tl.constexpr(1 / math.log(2))
 _LOG2: tl.constexpr = tl.constexpr(math.log(2))
 
 
@@ -56,7 +55,7 @@ def _forward(
     slope = tl.zeros([], acc)
     if STANDARDIZE:
         peak, mean, scale, slope = deviation(x_ptr, end, acc, BLOCK)
-    factor = ((1 / (double_of(temperature_bits) * scale.to(tl.float64))) * _LOG2E).to(acc)
+    factor = exponent_factor(temperature_bits, scale, acc)
     center = mean * factor
     total = tl.zeros([BLOCK], acc)
     first = tl.zeros([BLOCK], acc)
