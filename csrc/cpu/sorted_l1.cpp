@@ -85,10 +85,17 @@ template <class S, class T>
 struct OrderScratch {
   SideOrder<S> student;
   SideOrder<T> teacher;
-  std::vector<S> student_values, student_table;  // of gradient_by_value
-  std::vector<T> teacher_values, teacher_table;
+  Room<S> student_values, student_table;  // of gradient_by_value and gradient_by_bins
+  Room<T> teacher_values, teacher_table;
 
   explicit OrderScratch(const LogitsRows (&sides)[2]) : student(sides[0], 1), teacher(sides[1], -1) {}
+
+  void order(const SortedL1Backward& call, int64_t slot) {
+    const int64_t longer = std::max(call.sides[0].vocab_size, call.sides[1].vocab_size);
+    const bool tail = call.options.bucket && call.options.top_k < longer;  // its sign is that of a sum
+    student.start_again(slot, call.saved[0], tail), teacher.start_again(slot, call.saved[1], tail);
+    order_started(student, teacher, call.options);
+  }
 
   template <int kSide>
   auto& side() {
@@ -130,15 +137,15 @@ void backward_row(const SortedL1Backward& call, int64_t slot, std::optional<Orde
     return gradient_by_steps(x, n, gradient, saved_steps, out);
   }
   if (!scratch) scratch.emplace(call.sides);
-  order_pair(scratch->student, scratch->teacher, slot, call.options);
+  scratch->order(call, slot);
   const SideOrder<Own>& side = scratch->template side<kSide>();
+  if (rows.column_mask || side.steps.split) return by_column(side.steps);
   if constexpr (sizeof(Own) == 2) {
-    if (!rows.column_mask && !side.steps.split) {
-      return gradient_by_value(x, n, gradient, side.runs.x, side.steps, scratch->template values<kSide>(),
-                               scratch->template table<kSide>(), out);
-    }
+    gradient_by_value(x, n, gradient, side.runs.x, side.steps, scratch->template values<kSide>(),
+                      scratch->template table<kSide>(), out);
+  } else {
+    gradient_by_bins(x, n, gradient, side.steps, scratch->template table<kSide>(), out);
   }
-  by_column(side.steps);
 }
 
 template <int kSide, class S, class T>

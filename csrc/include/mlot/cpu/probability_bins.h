@@ -15,20 +15,25 @@
 namespace mlot::MLOT_ISA {
 
 constexpr int64_t kBins = 4096;
+constexpr int64_t kFiner = 16;  // bins of the second level in one of the first
 
-// How one side's logits go into bins: round((top - (x - peak)) per_logit), within 0..kBins - 1.
+// How one side's logits go into bins: round((top - (x - peak)) per_logit), within 0..bins - 1.
 template <class A>
 struct BinScale {
   A peak, top, per_logit;
+  int64_t bins = kBins;
+
+  // A logit's bin there, divided by kFiner and rounded, is its bin here.
+  BinScale finer() const { return {peak, top, per_logit * kFiner, bins * kFiner}; }
 };
 
 template <class A>
 MLOT_INLINE VectorBits<A> bins_of(Vector<A> x, const BinScale<A>& scale) {
   constexpr A kMagic = sizeof(A) == 4 ? A(0x1.8p23) : A(0x1.8p52);  // added, it leaves the integer in the last bits
   const Vector<A> place = (scale.top - (x - scale.peak)) * scale.per_logit;
-  const Vector<A> last = all(A(kBins - 1)), inside = larger(place, all(A(0)));  // NaN, too, is inside
+  const Vector<A> last = all(A(scale.bins - 1)), inside = larger(place, all(A(0)));  // NaN, too, is inside
   const Vector<A> clamped = inside < last ? inside : last;
-  return std::bit_cast<VectorBits<A>>(clamped + kMagic) & (2 * kBins - 1);
+  return std::bit_cast<VectorBits<A>>(clamped + kMagic) & ((UnsignedKey<A>(1) << 20) - 1);  // fewer bins than that
 }
 
 template <class A>
@@ -36,14 +41,26 @@ static inline int64_t bin_of(A x, const BinScale<A>& scale) {
   return int64_t(bins_of<A>(all(x), scale)[0]);
 }
 
-// The number that exactly the logits of `bin` > 0 and later ones are below.
+// The number that exactly the logits of `bin` and later ones are below; infinity for the first one.
 template <class A>
 static inline A upper_edge(int64_t bin, const BinScale<A>& scale) {
+  if (bin == 0) return INFINITY;
+  const auto inside = [&](SortKey<A> key) { return bin_of(value_of<A>(key), scale) >= bin; };
   SortKey<A> below = sort_key(A(-INFINITY)), above = sort_key(A(INFINITY));  // in the bin or later; in an earlier one
-  if (bin_of(A(-INFINITY), scale) < bin) return -INFINITY;
+  if (!inside(below)) return -INFINITY;
+  // What rounding may have moved is close by: from a guess on, steps that double find what encloses it.
+  const A guess = scale.peak + (scale.top - (A(bin) - A(0.5)) / scale.per_logit);
+  if (std::isfinite(guess)) {
+    SortKey<A> key = sort_key(guess);
+    for (SortKey<A> step = 1; step < (SortKey<A>(1) << 20) && below < key && key < above; step *= 2) {
+      const bool is_inside = inside(key);
+      (is_inside ? below : above) = key;
+      key = is_inside ? std::min(key, above - step) + step : std::max(key, below + step) - step;
+    }
+  }
   while (above - 1 > below) {
     const SortKey<A> middle = (below & above) + ((below ^ above) >> 1);
-    (bin_of(value_of<A>(middle), scale) < bin ? above : below) = middle;
+    (inside(middle) ? below : above) = middle;
   }
   return value_of<A>(above);
 }
@@ -70,12 +87,13 @@ MLOT_INLINE void bins_of_tile(const A* tile, const BinScale<A>& scale, UnsignedK
   }
 }
 
-// Adds how many logits of a row are in each bin to `counts` [kBins]; what the mask leaves out is in the last one.
+// Adds how many logits of a row are in each bin to `counts`; what the mask leaves out is in the last one.
 template <class A>
 static inline void count_bins(const A* x, const bool* mask, int64_t columns, const BinScale<A>& given,
                               uint32_t* counts) {
   const BinScale<A> scale = given;
-  uint32_t odd[kBins] = {};  // a second bank: an increment waits for the last one of the same counter
+  uint32_t few_odd[kBins] = {};  // a second bank: an increment waits for the last one of the same counter
+  uint32_t* const odd = scale.bins == kBins ? few_odd : counts;
   A pad[kTile];
   UnsignedKey<A> bins[kTile];
   for (int64_t i = 0; i < tiles_of(columns); ++i) {
@@ -88,7 +106,7 @@ static inline void count_bins(const A* x, const bool* mask, int64_t columns, con
       for (int64_t j = 0; j < n; ++j) ++counts[bins[j]];
     }
   }
-  for (int64_t b = 0; b < kBins; ++b) counts[b] += odd[b];
+  for (int64_t b = 0; b < kBins; ++b) counts[b] += few_odd[b];
 }
 
 // table[i] for kWidth indices.
@@ -116,15 +134,15 @@ struct WeightedSums {
 // A bin whose logits must be told apart.
 constexpr float kOpen = 3;
 
-// Sums over the logits of a row with the weights [kBins] of their bins; where `open` is not null, the descending keys
-// of finite logits in bins of weight kOpen go there, in the order of their columns, and not into the sums. In both, p
-// is without the row's constant factor.
-template <class A>
+// Sums over the logits of a row with the weights of their bins; where `open` is not null, the logits in bins of weight
+// kOpen, without -inf, go there in the order of their columns, and not into the sums. p is without the row's constant
+// factor. Without kSums the sums are 0.
+template <bool kSums, class A>
 static inline WeightedSums sum_bins(const A* x, const bool* mask, int64_t columns, const BinScale<A>& given, A factor,
-                                    const A* weights, std::vector<UnsignedKey<A>>* open) {
+                                    const A* weights, Room<A>* open) {
   const BinScale<A> scale = given;
   WeightedSums sums;
-  size_t found = 0;
+  int64_t found = 0;
   A pad[kTile];
   UnsignedKey<A> bins[kTile];
   for (int64_t start = 0; start < columns; start += kChunk) {
@@ -134,27 +152,22 @@ static inline WeightedSums sum_bins(const A* x, const bool* mask, int64_t column
     for (int64_t i = 0; i < tiles_of(n); ++i) {
       const A* tile = looked_at_tile(x + start, chunk_mask, n, i, pad);
       bins_of_tile(tile, scale, bins);
-      VectorBits<A> any = {};
+      if (open && int64_t(open->size()) < found + kTile) open->resize(2 * found + 4 * kTile);
       for (int64_t j = 0; j < kTile; j += kWidth<A>) {
-        Vector<A> v;
-        __builtin_memcpy(&v, tile + j, sizeof(v));
+        const Vector<A> v = load(tile + j);
         Vector<A> weight = gather(weights, bins + j);
         const auto is_open = VectorBits<A>(weight == A(kOpen));
-        any |= is_open;
-        weight = std::bit_cast<Vector<A>>(std::bit_cast<VectorBits<A>>(weight) & ~is_open);
-        const Vector<A> t = at_least_smallest<A>((v - scale.peak) * factor);
-        const Vector<A> we = weight * exp2_negative<A>(t);
-        total += we;
-        moment += we * t;
-      }
-      UnsignedKey<A> lanes = 0;
-#pragma GCC unroll 16
-      for (int l = 0; l < kWidth<A>; ++l) lanes |= any[l];
-      if (!lanes || !open) continue;
-      if (open->size() < found + kTile) open->resize(2 * found + 4 * kTile);
-      for (int64_t j = 0; j < kTile; ++j) {
-        (*open)[found] = descending_key(tile[j]);
-        found += (weights[bins[j]] == A(kOpen)) & (tile[j] != A(-INFINITY));
+        if (any<A>(is_open)) {
+          weight = std::bit_cast<Vector<A>>(std::bit_cast<VectorBits<A>>(weight) & ~is_open);
+          const auto chosen = is_open & VectorBits<A>(v != A(-INFINITY));
+          if (open) found += store_chosen<A>(v, chosen, open->data() + found);
+        }
+        if constexpr (kSums) {
+          const Vector<A> t = at_least_smallest<A>((v - scale.peak) * factor);
+          const Vector<A> we = weight * exp2_negative<A>(t);
+          total += we;
+          moment += we * t;
+        }
       }
     }
     sums.total += double(sum<A>(total));

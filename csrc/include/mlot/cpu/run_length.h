@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -11,11 +12,27 @@
 
 namespace mlot::MLOT_ISA {
 
+// Grows without writing to what it gets.
+template <class T>
+struct UninitializedAllocator : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = UninitializedAllocator<U>;
+  };
+  void construct(T*) {}
+  template <class... Arguments>
+  void construct(T* place, Arguments&&... arguments) {
+    ::new (place) T(std::forward<Arguments>(arguments)...);
+  }
+};
+template <class T>
+using Room = std::vector<T, UninitializedAllocator<T>>;
+
 // Distinct logits of one row in descending order, without -inf, their probabilities and how often each is there.
 template <class A>
 struct Runs {
-  std::vector<A> x, p;
-  std::vector<uint32_t> count;
+  Room<A> x, p;
+  Room<uint32_t> count;
 
   int64_t size() const { return int64_t(x.size()); }
 
@@ -36,7 +53,7 @@ static inline void probabilities(const A* x, int64_t n, A peak, A factor, A weig
 
 // Ascending, by digits from the last to the first; digits that all keys share are passed over.
 template <class Key>
-static inline void sort_ascending(std::vector<Key>& keys, std::vector<Key>& other) {
+static inline void sort_ascending(Room<Key>& keys, Room<Key>& other) {
   constexpr size_t kFew = 512;  // below, comparing beats clearing and summing up counters
   if (keys.size() <= kFew) {
     std::sort(keys.begin(), keys.end());
@@ -86,11 +103,42 @@ static inline A value_of_descending(UnsignedKey<A> key) {
   return value_of<A>(SortKey<A>(~key ^ UnsignedKey<A>(kLeftOut<A>)));
 }
 
+template <class A>
+MLOT_INLINE Vector<A> values_of_descending(const UnsignedKey<A>* keys) {
+  VectorBits<A> bits;
+  __builtin_memcpy(&bits, keys, sizeof(bits));
+  bits = ~bits ^ VectorBits<A>{} ^ UnsignedKey<A>(kLeftOut<A>);
+  const VectorBits<A> negative = VectorBits<A>(bits > ~UnsignedKey<A>{} / 2);
+  return std::bit_cast<Vector<A>>(bits ^ negative >> 1);
+}
+
+// Of no NaN.
+template <class A>
+static inline void descending_keys(const A* x, int64_t n, UnsignedKey<A>* keys) {
+  constexpr UnsignedKey<A> kSign = UnsignedKey<A>(kLeftOut<A>);
+  int64_t i = 0;
+  for (; i + kWidth<A> <= n; i += kWidth<A>) {
+    const auto bits = std::bit_cast<VectorBits<A>>(load(x + i) + A(0));
+    const VectorBits<A> negative = VectorBits<A>(bits >= kSign);
+    const VectorBits<A> own = ~(bits ^ (negative >> 1) ^ kSign);
+    __builtin_memcpy(keys + i, &own, sizeof(own));
+  }
+  for (; i < n; ++i) keys[i] = descending_key(x[i]);
+}
+
+// Whether kWidth keys and the one behind them are each other than its neighbour.
+template <class A>
+MLOT_INLINE bool all_differ(const UnsignedKey<A>* keys) {
+  VectorBits<A> own, next;
+  __builtin_memcpy(&own, keys, sizeof(own));
+  __builtin_memcpy(&next, keys + 1, sizeof(next));
+  return !any<A>(VectorBits<A>(own == next));
+}
+
 // Counts keys of which few are distinct, for which sorting would be slow: it waits for the same counters. Returns false
 // where there are more than kFewKeys of them. `distinct` gets them in ascending order, `times` how often each is there.
 template <class Key>
-static inline bool count_few_keys(const std::vector<Key>& keys, std::vector<Key>& distinct,
-                                  std::vector<uint32_t>& times) {
+static inline bool count_few_keys(const Room<Key>& keys, Room<Key>& distinct, Room<uint32_t>& times) {
   constexpr size_t kFewKeys = 1024, kSlots = 4096;
   struct Slot {
     Key key;
@@ -116,9 +164,11 @@ static inline bool count_few_keys(const std::vector<Key>& keys, std::vector<Key>
   return true;
 }
 
-// Runs of the logits whose descending keys these are; it may sort them.
+// Runs of logits; `keys` and `other` are room.
 template <class A>
-static inline void runs_of(std::vector<UnsignedKey<A>>& keys, std::vector<UnsignedKey<A>>& other, Runs<A>& runs) {
+static inline void runs_of(const Room<A>& x, Room<UnsignedKey<A>>& keys, Room<UnsignedKey<A>>& other, Runs<A>& runs) {
+  keys.resize(x.size());
+  descending_keys(x.data(), int64_t(x.size()), keys.data());
   if (count_few_keys(keys, other, runs.count)) {
     runs.x.resize(other.size());
     for (size_t i = 0; i < other.size(); ++i) runs.x[i] = value_of_descending<A>(other[i]);
@@ -127,10 +177,16 @@ static inline void runs_of(std::vector<UnsignedKey<A>>& keys, std::vector<Unsign
   sort_ascending(keys, other);
   runs.x.resize(keys.size());
   runs.count.resize(keys.size());
+  const size_t n = keys.size();
   size_t made = 0;
-  for (size_t i = 0; i < keys.size(); ++made) {
+  for (size_t i = 0; i < n; ++made) {
+    while (i + kWidth<A> < n && all_differ<A>(&keys[i])) {  // runs of one element each
+      store(values_of_descending<A>(&keys[i]), &runs.x[made]);
+      std::fill_n(&runs.count[made], kWidth<A>, 1);
+      made += kWidth<A>, i += kWidth<A>;
+    }
     size_t end = i + 1;
-    while (end < keys.size() && keys[end] == keys[i]) ++end;
+    while (end < n && keys[end] == keys[i]) ++end;
     runs.x[made] = value_of_descending<A>(keys[i]);
     runs.count[made] = uint32_t(end - i);
     i = end;
@@ -142,9 +198,10 @@ static inline void runs_of(std::vector<UnsignedKey<A>>& keys, std::vector<Unsign
 // What the sign of p_(i) - q_(i) is beyond rank top_k, before the sums there are known.
 constexpr int32_t kTail = 2;
 
-// Neighbouring ranks of one run whose signs of p_(i) - q_(i) are equal.
+// Neighbouring ranks of one side whose signs of p_(i) - q_(i) are equal: those of runs [run, last), or of a part of
+// one.
 struct Piece {
-  uint32_t run, length;
+  uint32_t run, last, ranks;
   int32_t sign;  // -1, 0, 1 or kTail
 };
 
@@ -158,7 +215,13 @@ template <class A>
 class RankWalk {
  public:
   RankWalk(const Runs<A>& runs, RankedRuns range, int64_t top_k, std::vector<Piece>& pieces)
-      : runs_(runs), run_(range.first), last_(range.last), rank_(range.rank), top_k_(top_k), pieces_(pieces) {
+      : runs_(runs),
+        run_(range.first),
+        last_(range.last),
+        rank_(range.rank),
+        top_k_(top_k),
+        pieces_(pieces),
+        before_(pieces.size()) {
     if (more()) left_ = runs_.count[run_];
   }
 
@@ -167,24 +230,49 @@ class RankWalk {
   int64_t left() const { return left_; }  // of the run
   A p() const { return runs_.p[run_]; }
 
+  // What lies ahead where the walk is at a run's first rank: its runs, and how many of them are as they are above or
+  // below top_k whatever their lengths; else nothing.
+  const A* ahead() const { return runs_.p.data() + run_; }
+  const uint32_t* counts_ahead() const { return runs_.count.data() + run_; }
+  int64_t runs_ahead() const {
+    if (left_ != runs_.count[run_]) return 0;
+    return rank_ < top_k_ ? std::min(last_ - run_, top_k_ - rank_) : last_ - run_;
+  }
+
   // Goes n <= left() ranks on.
   void take(int64_t n, int32_t sign) {
     const int64_t head = std::clamp(top_k_ - rank_, int64_t(0), n);
-    if (head > 0) push(head, sign);
-    if (n > head) push(n - head, kTail);
+    if (head > 0) push({uint32_t(run_), uint32_t(run_ + 1), uint32_t(head), sign});
+    if (n > head) push({uint32_t(run_), uint32_t(run_ + 1), uint32_t(n - head), kTail});
     rank_ += n;
     left_ -= n;
     if (left_ == 0 && ++run_ < last_) left_ = runs_.count[run_];
   }
 
- private:
-  void push(int64_t n, int32_t sign) {
-    if (!pieces_.empty() && pieces_.back().run == run_ && pieces_.back().sign == sign) {
-      pieces_.back().length += uint32_t(n);
-    } else {
-      pieces_.push_back({uint32_t(run_), uint32_t(n), sign});
-    }
+  // Goes on by n <= runs_ahead() runs of one element each.
+  void take_runs(int64_t n, int32_t sign) {
+    push({uint32_t(run_), uint32_t(run_ + n), uint32_t(n), rank_ < top_k_ ? sign : kTail});
+    rank_ += n;
+    run_ += n;
+    if (more()) left_ = runs_.count[run_];
   }
+
+ private:
+  // Joins a piece to the one before where they are neighbours of one sign.
+  void push(Piece piece) {
+    if (pieces_.size() > before_ && pieces_.back().sign == piece.sign) {
+      Piece& back = pieces_.back();
+      const bool same_run = back.last == piece.last, next_run = back.last == piece.run;
+      if (same_run || (next_run && whole(back) && whole(piece))) {
+        back.last = piece.last;
+        back.ranks += piece.ranks;
+        return;
+      }
+    }
+    pieces_.push_back(piece);
+  }
+
+  bool whole(const Piece& piece) const { return piece.last > piece.run + 1 || piece.ranks == runs_.count[piece.run]; }
 
   const Runs<A>& runs_;
   int64_t run_;
@@ -192,7 +280,31 @@ class RankWalk {
   int64_t rank_, left_ = 0;
   const int64_t top_k_;
   std::vector<Piece>& pieces_;
+  const size_t before_;
 };
+
+// How many of the next ranks of two sides, at most `most` and in whole blocks, are runs of one element each with this
+// sign of p - q.
+template <class A>
+static inline int64_t equal_signs(const A* p, const uint32_t* p_count, const A* q, const uint32_t* q_count,
+                                  int64_t most, int32_t sign) {
+  constexpr int64_t kBlock = 32;
+  const VectorBits<A> larger = VectorBits<A>{} - UnsignedKey<A>(sign > 0),
+                      smaller = VectorBits<A>{} - UnsignedKey<A>(sign < 0),
+                      equal = VectorBits<A>{} - UnsignedKey<A>(sign == 0);
+  int64_t n = 0;
+  for (; n + kBlock <= most; n += kBlock) {
+    VectorBits<A> others = {};
+    for (int64_t j = n; j < n + kBlock; j += kWidth<A>) {
+      const Vector<A> a = load(p + j), b = load(q + j);
+      others |= ~((VectorBits<A>(a > b) & larger) | (VectorBits<A>(a < b) & smaller) | (VectorBits<A>(a == b) & equal));
+    }
+    uint32_t several = 0;
+    for (int64_t j = n; j < n + kBlock; ++j) several |= (p_count[j] ^ 1) | (q_count[j] ^ 1);
+    if (several || any<A>(others)) break;
+  }
+  return n;
+}
 
 // Appends the pieces of either side's runs, where runs above are larger than all of these, and runs below smaller.
 template <class S, class T>
@@ -203,9 +315,21 @@ static inline void compare_runs(const Runs<S>& student, RankedRuns student_range
   RankWalk<T> t(teacher, teacher_range, top_k, teacher_pieces);
   while (s.more() && s.rank() < t.rank()) s.take(std::min(s.left(), t.rank() - s.rank()), -1);  // meet runs above
   while (t.more() && t.rank() < s.rank()) t.take(std::min(t.left(), s.rank() - t.rank()), 1);
-  while (s.more() && t.more()) {
-    const int64_t n = std::min(s.left(), t.left());
+  constexpr int64_t kWait = 16;  // ranks before the next look for a long stretch of one sign
+  for (int64_t step = 0; s.more() && t.more(); ++step) {
     const int32_t sign = int32_t(s.p() > t.p()) - int32_t(s.p() < t.p());
+    if constexpr (std::is_same_v<S, T>) {
+      if (step % kWait == 0) {
+        const int64_t n = equal_signs(s.ahead(), s.counts_ahead(), t.ahead(), t.counts_ahead(),
+                                      std::min(s.runs_ahead(), t.runs_ahead()), sign);
+        if (n > 0) {
+          s.take_runs(n, sign), t.take_runs(n, sign);
+          --step;
+          continue;
+        }
+      }
+    }
+    const int64_t n = std::min(s.left(), t.left());
     s.take(n, sign);
     t.take(n, sign);
   }

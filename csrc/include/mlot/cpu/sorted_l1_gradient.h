@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
 #include "mlot/cpu/logits.h"
+#include "mlot/cpu/probability_bins.h"
 #include "mlot/cpu/row_statistics.h"
 #include "mlot/cpu/sorted_l1_steps.h"
 
@@ -65,6 +67,54 @@ static inline void gradient_by_steps(const T* x, int64_t n, const SignedGradient
   std::copy(pad, pad + (n - j), out + j);
 }
 
+// The same for more steps, none split: a table from bins of the logit to signs. Logits in bins that a threshold lies in
+// are looked for among the steps, one by one.
+template <class A>
+static inline void gradient_by_bins(const A* x, int64_t n, const SignedGradient<A>& given, const Steps<A>& steps,
+                                    Room<A>& signs, A* out) {
+  constexpr int64_t kStep = 2 * kWidth<A>, kThresholdBins = 16384;
+  const SignedGradient<A> g = given;  // a copy, which `out` cannot change
+  const int64_t count = steps.size();
+  const A first = steps.below[1];
+  A last = first;
+  for (int64_t i = 1; i < count; ++i) last = std::isfinite(steps.below[i]) ? steps.below[i] : last;
+  const BinScale<A> scale{0, first, A(kThresholdBins - 1) / (first - last), kThresholdBins};
+  signs.resize(kThresholdBins);
+  int64_t made = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    const int64_t bin = bin_of(steps.below[i], scale);
+    while (made < bin) signs[made++] = steps.sign[i - 1];
+    if (made == bin) signs[made++] = A(kOpen);
+  }
+  while (made < kThresholdBins) signs[made++] = steps.sign[count - 1];
+  const auto search = [&](A value) {
+    const auto end = std::partition_point(steps.below.begin(), steps.below.end(), [=](A b) { return value < b; });
+    return steps.sign[end - steps.below.begin() - 1];
+  };
+  const auto one = [&](const A* from, A* to) __attribute__((always_inline)) {
+    const Pair<A> v = load_pair(from);
+    Pair<A> coefficients;
+    for (int h = 0; h < 2; ++h) {
+      const VectorBits<A> bins = bins_of<A>(v.part[h], scale);
+      UnsignedKey<A> indices[kWidth<A>];
+      __builtin_memcpy(indices, &bins, sizeof(bins));
+      Vector<A> sign = gather(signs.data(), indices);
+      if (any<A>(VectorBits<A>(sign == A(kOpen)))) {
+        for (int l = 0; l < kWidth<A>; ++l) sign[l] = sign[l] == A(kOpen) ? search(v.part[h][l]) : sign[l];
+      }
+      coefficients.part[h] = g.weight * (sign * g.scale_of_p - g.total);
+    }
+    write_gradient(v, coefficients, g, to);
+  };
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) one(x + j, out + j);
+  if (j == n) return;
+  A pad[kStep] = {};
+  std::copy(x + j, x + n, pad);
+  one(pad, pad);
+  std::copy(pad, pad + (n - j), out + j);
+}
+
 // The same for signs that `sign_of`, called for every column in order, gives one by one.
 template <class T, class SignOf, class A = Accumulator<T>>
 static inline void gradient_by_column(const T* x, int64_t n, const SignedGradient<A>& g, const SignOf& sign_of,
@@ -94,9 +144,8 @@ static inline void gradient_by_column(const T* x, int64_t n, const SignedGradien
 // The same for a 16-bit row with no mask, whose distinct logits in descending order are `distinct`, and whose signs are
 // any number of steps, none split: a table from each of 65,536 codes to its gradient, one read and one write a column.
 template <class T>
-static inline void gradient_by_value(const T* x, int64_t n, const SignedGradient<float>& g,
-                                     const std::vector<float>& distinct, const Steps<float>& steps,
-                                     std::vector<T>& values, std::vector<T>& table, T* out) {
+static inline void gradient_by_value(const T* x, int64_t n, const SignedGradient<float>& g, const Room<float>& distinct,
+                                     const Steps<float>& steps, Room<T>& values, Room<T>& table, T* out) {
   const int64_t count = int64_t(distinct.size());
   values.resize(2 * count);
   table.resize(65536);

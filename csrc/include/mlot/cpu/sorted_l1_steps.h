@@ -20,18 +20,32 @@ struct Steps {
 
   int64_t size() const { return int64_t(below.size()); }
 
-  void clear() { below.clear(), sign.clear(), length.clear(), split = false; }
+  void clear() { below.clear(), sign.clear(), tail_.clear(), length.clear(), split = false; }
 
-  // Logits of one sign that are smaller than all before them. `threshold` makes what they are below.
+  // Logits of one sign that are smaller than all before them; `tail` times the tail's sign, which `finish` adds, is
+  // part of it. `threshold` makes what they are below.
   template <class Threshold>
-  void add(A own, const Threshold& threshold) {
-    if (size() > 0 && sign.back() == own && length.back() == 0) return;
-    push(own, threshold(), 0);
+  void add(A own, A tail, const Threshold& threshold) {
+    if (size() > 0 && sign.back() == own && tail_.back() == tail && length.back() == 0) return;
+    push(own, tail, size() > 0 ? threshold() : A(INFINITY), 0);
   }
 
-  void add_split(A own, A threshold, uint32_t n) {
+  void add_split(A own, A tail, A threshold, uint32_t n) {
     split = true;
-    push(own, threshold, n);
+    push(own, tail, threshold, n);
+  }
+
+  // Every logit has a sign once that of the tail is known.
+  void finish(A tail_sign) {
+    if (size() == 0) push(0, 0, INFINITY, 0);
+    size_t kept = 0;
+    for (size_t i = 0; i < below.size(); ++i) {
+      const A own = sign[i] + tail_[i] * tail_sign;
+      if (kept > 0 && sign[kept - 1] == own && length[kept - 1] == 0 && length[i] == 0) continue;
+      below[kept] = below[i], sign[kept] = own, length[kept] = length[i];
+      ++kept;
+    }
+    below.resize(kept), sign.resize(kept), length.resize(kept);
   }
 
   // As SortedL1Saved has them, [kSavedSteps, 2].
@@ -49,12 +63,16 @@ struct Steps {
   bool load(const A* saved) {
     clear();
     if (saved[0] < 0) return false;
-    for (int64_t i = 0; i < int64_t(saved[0]); ++i) push(saved[2 * i + 1], i == 0 ? A(INFINITY) : saved[2 * i], 0);
+    for (int64_t i = 0; i < int64_t(saved[0]); ++i) push(saved[2 * i + 1], 0, i == 0 ? A(INFINITY) : saved[2 * i], 0);
     return true;
   }
 
  private:
-  void push(A own, A threshold, uint32_t n) { below.push_back(threshold), sign.push_back(own), length.push_back(n); }
+  void push(A own, A tail, A threshold, uint32_t n) {
+    below.push_back(threshold), sign.push_back(own), tail_.push_back(tail), length.push_back(n);
+  }
+
+  std::vector<A> tail_;
 };
 
 // Finds the step of any logit of a row, however many there are.

@@ -226,6 +226,54 @@ MLOT_INLINE A sum(Vector<A> v) {  // pairs of halves, in this order
   return v[0];
 }
 
+// Whether a bit is set.
+template <class A>
+MLOT_INLINE bool any(VectorBits<A> v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  auto bits = v[0];
+#pragma GCC unroll 16
+  for (int l = 1; l < kWidth<A>; ++l) bits |= v[l];
+  return bits != 0;
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of 8 lanes, those whose bits are set, one behind the other.
+struct ChosenLanes {
+  uint8_t lanes[256][8] = {};
+  constexpr ChosenLanes() {
+    for (int chosen = 0; chosen < 256; ++chosen) {
+      int n = 0;
+      for (int l = 0; l < 8; ++l) {
+        if (chosen >> l & 1) lanes[chosen][n++] = uint8_t(l);
+      }
+    }
+  }
+};
+constexpr ChosenLanes kChosenLanes;
+#endif
+
+// Writes the elements where all bits of `chosen` are set, one behind the other, and kWidth elements in all; returns
+// how many they are.
+template <class A>
+MLOT_INLINE int64_t store_chosen(Vector<A> v, VectorBits<A> chosen, A* out) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const int lanes = _mm256_movemask_ps((__m256)chosen);  // of 32 bits: two for each double
+  const __m128i order = _mm_loadl_epi64((const __m128i*)kChosenLanes.lanes[lanes]);
+  store<A>((Vector<A>)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(order)), out);
+  return __builtin_popcount(unsigned(lanes)) * int64_t(sizeof(float)) / int64_t(sizeof(A));
+#else
+  int64_t n = 0;
+  for (int l = 0; l < kWidth<A>; ++l) {
+    out[n] = v[l];
+    n += chosen[l] != 0;
+  }
+  return n;
+#endif
+}
+
 template <class A>
 MLOT_INLINE A largest(Vector<A> v) {  // of no NaN
   A m = v[0];
