@@ -13,7 +13,8 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,12 +95,31 @@ def differentiable_operator(
 ) -> Operator:
     """Define the op that joins forward and backward: ``function.apply`` under autograd, its forward alone below it."""
     name = _define(schema, fake)
-    # `apply` asks for it in every call; found anew, it is a fifth of what a small call costs.
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    function.forward.__signature__ = _PositionalSignature.from_callable(function.forward)  # type: ignore[attr-defined]
     _library.impl(name, function.apply, "Autograd")
     _library.impl(name, function.forward, "CompositeExplicitAutograd")
     OPERATORS[name] = Operator(name, getattr(torch.ops.mlot, name).default, function, forward, backward)
     return OPERATORS[name]
+
+
+class _PositionalSignature(inspect.Signature):
+    """A signature for ``Function.apply``, which asks for it and binds to it in every call: half of what a small call
+    costs. All arguments are given, by position, and so there is nothing to bind."""
+
+    def bind(self, *arguments: Any, **named: Any) -> Any:
+        if named or len(arguments) != len(self.parameters):
+            return super().bind(*arguments, **named)
+        return _Bound(arguments)
+
+
+class _Bound(NamedTuple):
+    """As much of ``inspect.BoundArguments`` as ``Function.apply`` uses."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def apply_defaults(self) -> None:
+        pass
 
 
 def plain_operator(schema: str, *, fake: Callable[..., Any], implementations: Table) -> Operator:

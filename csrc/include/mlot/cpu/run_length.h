@@ -126,7 +126,7 @@ static inline void descending_keys(const A* x, int64_t n, UnsignedKey<A>* keys) 
   for (; i < n; ++i) keys[i] = descending_key(x[i]);
 }
 
-// Whether kWidth keys and the one behind them are each other than its neighbour.
+// Whether each of kWidth keys differs from the one behind it.
 template <class A>
 MLOT_INLINE bool all_differ(const UnsignedKey<A>* keys) {
   VectorBits<A> own, next;
@@ -230,10 +230,10 @@ class RankWalk {
   int64_t left() const { return left_; }  // of the run
   A p() const { return runs_.p[run_]; }
 
-  // What lies ahead where the walk is at a run's first rank: its runs, and how many of them are as they are above or
-  // below top_k whatever their lengths; else nothing.
-  const A* ahead() const { return runs_.p.data() + run_; }
+  // The runs from here on.
+  const A* p_ahead() const { return runs_.p.data() + run_; }
   const uint32_t* counts_ahead() const { return runs_.count.data() + run_; }
+  // How many of them, if each is one element, are on this side of top_k; 0 inside a run.
   int64_t runs_ahead() const {
     if (left_ != runs_.count[run_]) return 0;
     return rank_ < top_k_ ? std::min(last_ - run_, top_k_ - rank_) : last_ - run_;
@@ -320,7 +320,7 @@ static inline void compare_runs(const Runs<S>& student, RankedRuns student_range
     const int32_t sign = int32_t(s.p() > t.p()) - int32_t(s.p() < t.p());
     if constexpr (std::is_same_v<S, T>) {
       if (step % kWait == 0) {
-        const int64_t n = equal_signs(s.ahead(), s.counts_ahead(), t.ahead(), t.counts_ahead(),
+        const int64_t n = equal_signs(s.p_ahead(), s.counts_ahead(), t.p_ahead(), t.counts_ahead(),
                                       std::min(s.runs_ahead(), t.runs_ahead()), sign);
         if (n > 0) {
           s.take_runs(n, sign), t.take_runs(n, sign);
