@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "mlot/cpu/pairwise.h"
+#include "mlot/cpu/part_sums.h"
 
 namespace mlot::MLOT_ISA {
 namespace {
@@ -67,19 +68,20 @@ void forward(const PairwiseCostForward& call, const Parallel& parallel) {
 // What a thread works with in backward. Its x is one slab.
 template <class A>
 struct BackwardScratch {
-  Features<A> x, y;
+  Features<A> x;
   std::vector<A> x_sums, weights;
 
-  explicit BackwardScratch(Metric metric) : x(metric, Role::row), y(metric, Role::column) {}
+  explicit BackwardScratch(Metric metric) : x(metric, Role::row) {}
 };
 
-// Writes the slab's rows of grad_x, and to y_sums, where that is not null, what they pass on to y.
+// Writes the slab's rows of grad_x, and adds to y_sums, where that is not null, what they pass on to y.
 template <class A>
-void backward_slab(const PairwiseCostBackward& call, int64_t b, int64_t slab, BackwardScratch<A>& scratch, A* y_sums) {
+void backward_slab(const PairwiseCostBackward& call, int64_t b, int64_t slab, const Features<A>& y,
+                   BackwardScratch<A>& scratch, A* y_sums) {
   const FeaturePairs& pairs = call.pairs;
   const int64_t M = pairs.x.rows, N = pairs.y.rows, first = slab * slab_rows(M),
                 last = std::min(first + slab_rows(M), M);
-  auto& [x, y, x_sums, weights] = scratch;
+  auto& [x, x_sums, weights] = scratch;
   read(pairs.x, pairs.width, b, first, last, x);
   const A* weight = static_cast<const A*>(call.grad) + (b * M + first) * N;
   if (pairs.metric == Metric::l2) {
@@ -89,7 +91,6 @@ void backward_slab(const PairwiseCostBackward& call, int64_t b, int64_t slab, Ba
     weight = weights.data();
   }
   if (call.grad_x) x_sums.assign(x.sums_size(), A(0));
-  if (y_sums) std::fill_n(y_sums, y.sums_size(), A(0));
   cost_backward_rows(x, 0, last - first, y, weight, N, call.grad_x ? x_sums.data() : nullptr, y_sums);
   if (call.grad_x) write_gradient(pairs.x, b, first, x, x_sums.data(), call.grad_x);
 }
@@ -105,42 +106,37 @@ void backward(const PairwiseCostBackward& call, const Parallel& parallel) {
     if (call.grad_y) write_zeros(pairs, pairs.y, call.grad_y);
     return;
   }
-  const auto add = [](const std::vector<A>& part, std::vector<A>& total) {
-    for (size_t i = 0; i < total.size(); ++i) total[i] += part[i];
-  };
   const int64_t grain = slabs_worth_a_thread(pairs);
   if (pairs.problems >= call.threads) {
     parallel(pairs.problems, (grain + slabs - 1) / slabs, [&](int64_t first, int64_t last) {
       BackwardScratch<A> scratch(pairs.metric);
-      std::vector<A> part, total;
+      Features<A> y(pairs.metric, Role::column);
+      PartSums<A> y_sums;
       for (int64_t b = first; b < last; ++b) {
-        read(pairs.y, pairs.width, b, 0, N, scratch.y);
-        if (call.grad_y) part.resize(scratch.y.sums_size()), total.assign(part.size(), A(0));
+        read(pairs.y, pairs.width, b, 0, N, y);
+        y_sums.start(slabs, call.grad_y ? y.sums_size() : 0, false);
         for (int64_t slab = 0; slab < slabs; ++slab) {
-          backward_slab(call, b, slab, scratch, call.grad_y ? part.data() : nullptr);
-          add(part, total);
+          backward_slab(call, b, slab, y, scratch, y_sums.begin(slab));
+          y_sums.end();
         }
-        if (call.grad_y) write_gradient(pairs.y, b, 0, scratch.y, total.data(), call.grad_y);
+        if (call.grad_y) write_gradient(pairs.y, b, 0, y, y_sums.total(), call.grad_y);
       }
     });
     return;
   }
-  std::vector<std::vector<A>> parts(slabs);
+  Features<A> y(pairs.metric, Role::column);
+  PartSums<A> y_sums;
   for (int64_t b = 0; b < pairs.problems; ++b) {
+    read(pairs.y, pairs.width, b, 0, N, y);
+    y_sums.start(slabs, call.grad_y ? y.sums_size() : 0, true);
     parallel(slabs, grain, [&](int64_t first, int64_t last) {
       BackwardScratch<A> scratch(pairs.metric);
-      read(pairs.y, pairs.width, b, 0, N, scratch.y);
       for (int64_t slab = first; slab < last; ++slab) {
-        if (call.grad_y) parts[slab].resize(scratch.y.sums_size());
-        backward_slab(call, b, slab, scratch, call.grad_y ? parts[slab].data() : nullptr);
+        backward_slab(call, b, slab, y, scratch, y_sums.begin(slab));
+        y_sums.end();
       }
     });
-    if (!call.grad_y) continue;
-    Features<A> y(pairs.metric, Role::column);
-    read(pairs.y, pairs.width, b, 0, N, y);
-    std::vector<A> total(parts[0].size(), A(0));
-    for (const auto& part : parts) add(part, total);
-    write_gradient(pairs.y, b, 0, y, total.data(), call.grad_y);
+    if (call.grad_y) write_gradient(pairs.y, b, 0, y, y_sums.total(), call.grad_y);
   }
 }
 

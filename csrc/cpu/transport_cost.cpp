@@ -2,6 +2,7 @@
 #include "mlot/cpu/transport_cost.h"
 
 #include "mlot/cpu/pairwise.h"
+#include "mlot/cpu/part_sums.h"
 #include "mlot/cpu/sinkhorn_backward.h"
 
 namespace mlot::MLOT_ISA {
@@ -53,7 +54,8 @@ struct Scratch {
   AdjointScratch<A> adjoint;
   Features<A> x{Metric::l1, Role::row}, y{Metric::l1, Role::column};
   Buffer<A> gradient;  // dl/dC [m, width]
-  std::vector<A> x_sums, y_sums, part;
+  std::vector<A> x_sums;
+  PartSums<A> y_sums;
 };
 
 // Makes problem b ready, its cost in scratch.
@@ -99,27 +101,22 @@ void pass_on(const FeaturePairs& pairs, bool for_x, bool for_y, const Parallel* 
   const Problem<A>& p = s.work.problem;
   const int64_t rows = part_rows(p.m), parts = (p.m + rows - 1) / rows;
   if (for_x) s.x_sums.assign(size_t(s.x.sums_size()), A(0));
-  if (for_y) s.y_sums.assign(size_t(s.y.sums_size()), A(0));
-  const auto make = [&](int64_t part, std::vector<A>& sums) {
-    const int64_t first = part * rows, last = std::min(p.m, first + rows);
-    A* weights = s.gradient.get() + first * p.width;
-    if (pairs.metric == Metric::l2) l2_weights(weights, p.row(first), (last - first) * p.width, weights);
-    if (for_y) sums.assign(size_t(s.y.sums_size()), A(0));
-    cost_backward_rows(s.x, first, last, s.y, weights, p.width, for_x ? s.x_sums.data() : nullptr,
-                       for_y ? sums.data() : nullptr);
+  s.y_sums.start(parts, for_y ? s.y.sums_size() : 0, threads != nullptr);
+  const auto make = [&](int64_t first_part, int64_t last_part) {
+    for (int64_t part = first_part; part < last_part; ++part) {
+      const int64_t first = part * rows, last = std::min(p.m, first + rows);
+      A* weights = s.gradient.get() + first * p.width;
+      if (pairs.metric == Metric::l2) l2_weights(weights, p.row(first), (last - first) * p.width, weights);
+      cost_backward_rows(s.x, first, last, s.y, weights, p.width, for_x ? s.x_sums.data() : nullptr,
+                         s.y_sums.begin(part));
+      s.y_sums.end();
+    }
   };
-  const auto add = [&](const std::vector<A>& sums) {
-    for (size_t k = 0; k < s.y_sums.size(); ++k) s.y_sums[k] += sums[k];
-  };
-  if (!threads) {
-    for (int64_t part = 0; part < parts; ++part) make(part, s.part), add(s.part);
-    return;
+  if (threads) {
+    (*threads)(parts, 1, make);
+  } else {
+    make(0, parts);
   }
-  std::vector<std::vector<A>> sums(static_cast<size_t>(parts));
-  (*threads)(parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) make(part, sums[part]);
-  });
-  for (const auto& part : sums) add(part);
 }
 
 template <class A>
@@ -135,7 +132,7 @@ void backward(const TransportCostBackward& call, const Parallel& parallel) {
                   });
     const bool any = p.m > 0 && pairs.width > 0;
     if (any) pass_on(pairs, call.grad_x != nullptr, call.grad_y != nullptr, threads, s);
-    const A *x_sums = any ? s.x_sums.data() : nullptr, *y_sums = any ? s.y_sums.data() : nullptr;
+    const A *x_sums = any ? s.x_sums.data() : nullptr, *y_sums = any ? s.y_sums.total() : nullptr;
     if (call.grad_x) write_gradient(pairs.x, pairs.width, b, p.rows, s.x, x_sums, call.grad_x);
     if (call.grad_y) write_gradient(pairs.y, pairs.width, b, p.columns, s.y, y_sums, call.grad_y);
   });

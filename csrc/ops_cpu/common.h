@@ -43,6 +43,11 @@ inline ScalarType accumulator(const Tensor& values) {
   return values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The wider of two sides', for what is summed over both.
+inline ScalarType accumulator(const Tensor& one, const Tensor& other) {
+  return accumulator(one) == ScalarType::Double ? ScalarType::Double : accumulator(other);
+}
+
 // Asks for huge pages under a large fresh output, whose page faults cost several times its writes. Only a hint: where
 // it fails, nothing changes but the time.
 inline void* prefault_hint(const Tensor& output) {
@@ -55,6 +60,16 @@ inline void* prefault_hint(const Tensor& output) {
   }
   return reinterpret_cast<void*>(begin);
 }
+
+// The gradient of one side, like its values; empty, and null for the kernel, where the side needs none.
+struct SideGradient {
+  Tensor tensor;
+  void* written;
+
+  SideGradient(const Tensor& values, bool needed)
+      : tensor(needed ? torch::stable::new_empty(values, values.sizes()) : torch::stable::new_empty(values, {0})),
+        written(needed ? prefault_hint(tensor) : nullptr) {}
+};
 
 // Shares work among torch's threads.
 inline Parallel threads() {

@@ -26,9 +26,4 @@ inline FeaturePairs feature_pairs(const Tensor& x, const Tensor& y, const std::s
   return {.x = rows, .y = columns, .problems = x.size(0), .width = x.size(2), .metric = *chosen};
 }
 
-// The dtype of sums over pairs of both sides.
-inline ScalarType accumulator(const Tensor& x, const Tensor& y) {
-  return accumulator(x) == ScalarType::Double ? ScalarType::Double : accumulator(y);
-}
-
 }  // namespace mlot

@@ -14,8 +14,7 @@ Tensor run(const Tensor& values, const Tensor& index, const std::optional<Tensor
                   "teacher must be [B, A, k]");
   const int64_t B = index.size(0), k = teacher.size(2);
   STD_TORCH_CHECK(k >= 1 && k <= vocab_size, "k must be in 1..vocab_size");
-  const bool wide = accumulator(values) == ScalarType::Double || accumulator(teacher) == ScalarType::Double;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = accumulator(values, teacher);
   const Tensor log_t = dense(teacher, dtype);
   const Tensor output = choose ? torch::stable::new_empty(values, {B, k}, ScalarType::Long)
                                : torch::stable::new_empty(values, {B, k, vocab_size}, dtype);
@@ -25,7 +24,7 @@ Tensor run(const Tensor& values, const Tensor& index, const std::optional<Tensor
                           .k = k,
                           .columns = choose ? static_cast<int64_t*>(out) : nullptr,
                           .costs = choose ? nullptr : out};
-  MLOT_SELECT(match_columns).run[wide][dtype_index(values)](call, threads());
+  MLOT_SELECT(match_columns).run[dtype == ScalarType::Double][dtype_index(values)](call, threads());
   return output;
 }
 

@@ -20,17 +20,14 @@ std::tuple<Tensor, Tensor> pairwise_cost_backward(const Tensor& grad, const Tens
   const ScalarType dtype = accumulator(x, y);
   STD_TORCH_CHECK(grad.numel() == x.size(0) * x.size(1) * y.size(1), "grad must be [B, M, N]");
   const Tensor upstream = dense(grad, dtype);
-  const auto fresh = [](const Tensor& side, bool needed) {
-    return needed ? torch::stable::new_empty(side, side.sizes()) : torch::stable::new_empty(side, {0});
-  };
-  const Tensor grad_x = fresh(x, x_needed), grad_y = fresh(y, y_needed);
+  const SideGradient grad_x(x, x_needed), grad_y(y, y_needed);
   const PairwiseCostBackward call{.pairs = pairs,
                                   .grad = upstream.const_data_ptr(),
                                   .threads = int64_t(torch::stable::get_num_threads()),
-                                  .grad_x = x_needed ? prefault_hint(grad_x) : nullptr,
-                                  .grad_y = y_needed ? prefault_hint(grad_y) : nullptr};
+                                  .grad_x = grad_x.written,
+                                  .grad_y = grad_y.written};
   MLOT_SELECT(pairwise_cost).backward[dtype == ScalarType::Double](call, threads());
-  return {grad_x, grad_y};
+  return {grad_x.tensor, grad_y.tensor};
 }
 
 }  // namespace

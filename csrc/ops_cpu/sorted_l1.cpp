@@ -26,11 +26,6 @@ SortedL1Saved<Pointer> pointers(const SavedOfSide& saved) {
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
-ScalarType wider(const Tensor& student, const Tensor& teacher) {
-  const bool wide = accumulator(student) == ScalarType::Double || accumulator(teacher) == ScalarType::Double;
-  return wide ? ScalarType::Double : ScalarType::Float;
-}
-
 SortedL1Options options_of(const std::string& ties, int64_t top_k, const std::string& tail) {
   STD_TORCH_CHECK(ties == "mean" || ties == "stable", "ties must be mean or stable");
   STD_TORCH_CHECK(tail == "bucket" || tail == "drop", "tail must be bucket or drop");
@@ -67,7 +62,7 @@ Outputs sorted_l1_forward(const Tensor& student_values, const Tensor& student_in
         row(), row(), row(), row(),
         row(), row(), row(), torch::stable::new_empty(values, {B, A, kSavedSteps, 2}, accumulator(values))};
   };
-  const Tensor loss = torch::stable::new_empty(student_values, {B, A}, wider(student_values, teacher_values));
+  const Tensor loss = torch::stable::new_empty(student_values, {B, A}, accumulator(student_values, teacher_values));
   const SavedOfSide of_student = fresh(student_values), of_teacher = fresh(teacher_values);
   const SortedL1Forward call{{student.rows, teacher.rows},
                              options_of(ties, top_k, tail),
@@ -110,25 +105,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sorted_l1_backward(
                  rows(teacher_moment, t), rows(teacher_steps, t, 2 * kSavedSteps)};
   const Tensor grad_of_student = rows(grad, s), grad_of_teacher = rows(grad, t);
   // A side that is not needed gets empty gradients.
-  const auto values_like = [](const Tensor& values, bool needed) {
-    return needed ? torch::stable::new_empty(values, values.sizes()) : torch::stable::new_empty(values, {0});
-  };
   const auto rows_like = [](const Tensor& values, const Tensor& index, bool needed) {
     return needed ? torch::stable::new_empty(values, index.sizes(), accumulator(values))
                   : torch::stable::new_empty(values, {0}, accumulator(values));
   };
-  const Tensor student_gradient = values_like(s, student_needed), teacher_gradient = values_like(t, teacher_needed);
+  const SideGradient student_gradient(s, student_needed), teacher_gradient(t, teacher_needed);
   const Tensor student_scale_gradient = rows_like(s, student_index, student_needed),
                teacher_scale_gradient = rows_like(t, teacher_index, teacher_needed);
   const SortedL1Backward call{{student.rows, teacher.rows},
                               options_of(ties, top_k, tail),
                               {grad_of_student.const_data_ptr(), grad_of_teacher.const_data_ptr()},
                               {pointers<const void*>(of_student), pointers<const void*>(of_teacher)},
-                              {student_needed ? prefault_hint(student_gradient) : nullptr,
-                               teacher_needed ? prefault_hint(teacher_gradient) : nullptr},
+                              {student_gradient.written, teacher_gradient.written},
                               {student_scale_gradient.mutable_data_ptr(), teacher_scale_gradient.mutable_data_ptr()}};
   MLOT_SELECT(sorted_l1).backward[dtype_index(s)][dtype_index(t)](call, threads());
-  return {student_gradient, student_scale_gradient, teacher_gradient, teacher_scale_gradient};
+  return {student_gradient.tensor, student_scale_gradient, teacher_gradient.tensor, teacher_scale_gradient};
 }
 
 }  // namespace

@@ -43,19 +43,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transport_cost_backward(
                                      tolerance, domain, gradient);
   const TransportBackwardTensors tensors(arguments.options, wide, grad_transported, grad_regularized, row_potential,
                                          column_potential, done, row_history, column_history);
-  const auto fresh = [](const Tensor& side, bool needed) {
-    return needed ? torch::stable::new_empty(side, side.sizes()) : torch::stable::new_empty(side, {0});
-  };
-  const Tensor grad_x = fresh(x, x_needed), grad_y = fresh(y, y_needed);
-  const TransportCostBackward call{tensors.upstream(),
-                                   pairs,
-                                   arguments.options,
-                                   tensors.saved(),
-                                   x_needed ? prefault_hint(grad_x) : nullptr,
-                                   y_needed ? prefault_hint(grad_y) : nullptr,
-                                   tensors.gradients()};
+  const SideGradient grad_x(x, x_needed), grad_y(y, y_needed);
+  const TransportCostBackward call{tensors.upstream(), pairs,          arguments.options,  tensors.saved(),
+                                   grad_x.written,     grad_y.written, tensors.gradients()};
   MLOT_SELECT(transport_cost).backward[wide == ScalarType::Double](call, threads());
-  return {grad_x, grad_y, tensors.grad_row_marginal, tensors.grad_column_marginal, tensors.grad_column_weight};
+  return {grad_x.tensor, grad_y.tensor, tensors.grad_row_marginal, tensors.grad_column_marginal,
+          tensors.grad_column_weight};
 }
 
 }  // namespace

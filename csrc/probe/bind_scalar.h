@@ -28,6 +28,8 @@ inline void bind_scalar(pybind11::module_& module) {
   module.def("exp_negative", over(probe.exp_negative));
   module.def("exp2_negative", over(probe.exp2_negative));
   module.def("exp2_negative_double", over(probe.exp2_negative_double));
+  module.def("logarithm", over(probe.logarithm));
+  module.def("logarithm_double", over(probe.logarithm_double));
   const char* const names[] = {"bfloat16", "float16"};
   for (int i = 0; i < 2; ++i) {
     const std::string name = names[i];

@@ -21,6 +21,11 @@ void each_exp2_negative(const A* t, A* out, int64_t n) {
   }
 }
 
+template <class A>
+void each_logarithm(const A* x, A* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<A>) store<A>(logarithm<A>(load(x + i)), out + i);
+}
+
 template <class T>
 void each_wide(const uint16_t* bits, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = wide(T{bits[i]});
@@ -66,6 +71,8 @@ extern const ScalarProbe scalar_probe = {
     each_exp_negative,
     each_exp2_negative<float>,
     each_exp2_negative<double>,
+    each_logarithm<float>,
+    each_logarithm<double>,
     {each_wide<bfloat16>, each_wide<float16>},
     {each_narrow<bfloat16>, each_narrow<float16>},
     {each_load_pair<bfloat16>, each_load_pair<float16>},

@@ -10,6 +10,8 @@ struct ScalarProbe {
   void (*exp_negative)(const float* x, float* out, int64_t n);
   void (*exp2_negative)(const float* t, float* out, int64_t n);
   void (*exp2_negative_double)(const double* t, double* out, int64_t n);
+  void (*logarithm)(const float* x, float* out, int64_t n);
+  void (*logarithm_double)(const double* x, double* out, int64_t n);
   // bfloat16, float16; one by one and in vectors, where n is a multiple of 64.
   void (*wide[2])(const uint16_t* bits, float* out, int64_t n);
   void (*narrow[2])(const float* x, uint16_t* bits, int64_t n);

@@ -1,7 +1,7 @@
 """``make sanitize``: the C++ under the sanitizers, instrumented in a folder of its own.
 
 Address and undefined behaviour: the native tests and the operators' contract, through Python. Threads: a program
-without Python (``threads.cpp``), because what torch's own threads run on is not instrumented.
+without Python (``threads*.cpp``), because what torch's own threads run on is not instrumented.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 # Compiling under torch.compile and checking schemas run no other C++, and take most of the contract's time.
 CONTRACT = "native or (cpu and not compiles and not opcheck and not second_derivatives)"
-# test_capabilities and test_threads start processes of their own, which last minutes when instrumented.
-TESTS = ("tests/test_contract.py", "tests/native/test_scalar.py", "tests/native/test_select.py")
+# These start processes of their own, which last minutes when instrumented.
+TOO_LONG = ("test_build.py", "test_capabilities.py", "test_threads.py")
+ROUTINES = [path for path in sorted(Path(__file__).parent.glob("test_*.py")) if path.name not in TOO_LONG]
+TESTS = ("tests/test_contract.py", *(str(path.relative_to(ROOT)) for path in ROUTINES))
 
 
 def build(sanitizers: str, folder: Path, probe: str) -> None:
@@ -64,7 +66,8 @@ def check_threads() -> None:
         "-DMLOT_ONE_INSTRUCTION_SET",
         f"-I{ROOT}/csrc/include",
     ]
-    command += [str(ROOT / "tests/native/threads.cpp"), *map(str, sorted(objects.glob("*.o"))), "-o", str(program)]
+    command += [*map(str, sorted((ROOT / "tests/native").glob("threads*.cpp")))]
+    command += [*map(str, sorted(objects.glob("*.o"))), "-o", str(program)]
     subprocess.run(command, check=True)
     subprocess.run([program], check=True)
 

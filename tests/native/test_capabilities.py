@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ print(mlot_kernels.row_entropy(torch.randn(2, 3, 5), backend="cpu").shape)
 """
 
 
+SWEEPS = ["key_histogram", "pairwise", "probability_bins", "run_length", "sorted_l1_steps"]
+SWEEPS += ["scalar", "select"] if FULL else []  # a minute and more
+
+
 def native_operators() -> list[str]:
     """A few, or all under MLOT_TEST_FULL."""
     names = [name for name, operator in OPERATORS.items() if "cpu" in operator.forward]
@@ -34,7 +39,7 @@ def run(*arguments: str, capability: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
+each_capability = pytest.mark.parametrize(
     "capability",
     [
         "default",
@@ -42,12 +47,26 @@ def run(*arguments: str, capability: str) -> subprocess.CompletedProcess[str]:
         pytest.param("avx512", marks=pytest.mark.skipif(not AVX512, reason="this machine has no AVX-512")),
     ],
 )
+
+
+@each_capability
 def test_every_instruction_set_passes_the_selftest(capability):
     arguments = ("--device", "cpu", "--backend", "cpu", "--op", *native_operators())
     done = run("-m", "mlot_kernels", "selftest", *arguments, capability=capability)
     assert done.returncode == 0, done.stdout + done.stderr
     probe = run("-c", "from mlot_kernels import _probe; print(_probe.capability)", capability=capability)
     assert probe.stdout.strip() in (capability, ""), probe.stderr  # "": there is no probe
+
+
+@each_capability
+def test_every_instruction_set_passes_the_sweeps(capability):
+    """Which other tests here run in the best one alone."""
+    probe = pytest.importorskip("mlot_kernels._probe", reason="built with MLOT_PROBE=1 alone")
+    if probe.capability == capability:
+        pytest.skip("it is the one of this process, whose tests these are")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in SWEEPS]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, capability=capability)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("capability", ["avx", "AVX2", "baseline"])

@@ -16,6 +16,8 @@ halves = pytest.mark.parametrize("name", HALVES)
 EXP_NEGATIVE_ULP = 1.1
 EXP2_NEGATIVE_ULP = 2.2
 EXP2_NEGATIVE_DOUBLE_ULP = 1.60
+LOGARITHM_ULP = 0.85
+LOGARITHM_DOUBLE_ULP = 0.87
 
 
 def as_half(bits: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -51,7 +53,8 @@ def every_exponent(dtype: type) -> np.ndarray:
 
 
 def last_places(ours: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return np.abs(ours.astype(np.longdouble) - truth) / np.spacing(truth.astype(ours.dtype)).astype(np.longdouble)
+    last_place = np.spacing(np.abs(truth).astype(ours.dtype))
+    return np.abs(ours.astype(np.longdouble) - truth) / last_place.astype(np.longdouble)
 
 
 @halves
@@ -107,6 +110,40 @@ def test_the_ends(routine):
     dtype = np.float64 if routine.endswith("double") else np.float32
     x = padded(np.array([0, -0.0, -np.inf, np.nan], dtype=dtype))
     np.testing.assert_array_equal(getattr(probe, routine)(x)[:4], np.array([1, 1, 0, np.nan], dtype=dtype))
+
+
+def about_1(dtype: type) -> np.ndarray:
+    """Where a log is small and its terms are not: every neighbour of 1 at hand, and the ends of the mantissas."""
+    info, steps = np.finfo(dtype), np.arange(1, 100_001)
+    ends = np.sqrt(np.array([0.5, 2], dtype))[:, None] * (1 + info.eps * np.arange(-1000, 1001))
+    everywhere = np.linspace(0.7, 1.42, 500_001)
+    return np.concatenate([1 + info.eps * steps, 1 - info.epsneg * steps, ends.ravel(), everywhere]).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "routine", "bound"),
+    [(np.float32, "logarithm", LOGARITHM_ULP), (np.float64, "logarithm_double", LOGARITHM_DOUBLE_ULP)],
+)
+def test_logarithm_over_every_exponent(dtype, routine, bound):
+    """The logs of cross_entropy's features, subnormal numbers' too, which lose their digits where they are not made
+    normal first."""
+    x = np.concatenate([-every_exponent(dtype), about_1(dtype)])
+    x = x[x > 0]
+    ours = getattr(probe, routine)(padded(x))[: x.size]
+    assert last_places(ours, np.log(x.astype(np.longdouble))).max() <= bound
+
+
+@pytest.mark.parametrize("routine", ["logarithm", "logarithm_double"])
+def test_the_ends_of_the_logarithm(routine):
+    """As std::log has them: a feature may be any number, and no NaN may appear or disappear."""
+    dtype = np.float64 if routine.endswith("double") else np.float32
+    info = np.finfo(dtype)
+    negative = [-info.smallest_subnormal, -info.tiny, -1, info.min, -np.inf]
+    x = np.array([0, -0.0, 1, np.inf, np.nan, -np.nan, info.smallest_subnormal, info.max, *negative], dtype=dtype)
+    ours = getattr(probe, routine)(padded(x))[: x.size]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.testing.assert_allclose(ours, np.log(x), rtol=info.eps)
+    assert ours[2] == 0
 
 
 def padded(x: np.ndarray) -> np.ndarray:

@@ -154,9 +154,10 @@ class Features {
 
   void take_logs() {
     divisors_.resize(vectors_.size());
-    for (size_t i = 0; i < vectors_.size(); ++i) {
-      divisors_[i] = vectors_[i] == 0 ? A(1) : vectors_[i];
-      vectors_[i] = std::log(vectors_[i]);
+    for (size_t i = 0; i < vectors_.size(); i += kWidth<A>) {
+      const Vector<A> v = load(&vectors_[i]);
+      store<A>(v == A(0) ? all(A(1)) : v, &divisors_[i]);
+      store<A>(logarithm<A>(v), &vectors_[i]);
     }
   }
 

@@ -1,4 +1,5 @@
-// Vectors of the widest registers of the instruction set: loads that widen, stores that round, 2^t, sums in one order.
+// Vectors of the widest registers of the instruction set: loads that widen, stores that round, 2^t, logs, sums in one
+// order.
 //
 // Loops over these, and not loops left to the compiler, where the order of a sum is part of the contract: it depends
 // neither on where a row starts in memory nor on how long it is.
@@ -210,6 +211,54 @@ MLOT_INLINE Vector<A> exp2_negative(Vector<A> t) {
   for (int i = n - 2; i >= 0; --i) p = p * r + Exp2<A>::coefficients[i];
   p = p * r + A(1);
   return p * std::bit_cast<Vector<A>>(std::bit_cast<VectorBits<A>>(shifted) << Exp2<A>::mantissa);
+}
+
+// log(2^k m) with m in [sqrt(1/2), sqrt(2)) is k log 2 + f - f^2 / 2 + s (f^2 / 2 + z L(z)) for f = m - 1,
+// s = f / (2 + f) and z = s^2 <= 0.0295. L's coefficients, from 1 on, have the smallest largest error. log 2 comes in
+// two parts, of which the first has so few bits that k times it is exact.
+template <class A>
+struct Log;
+template <>
+struct Log<float> {  // changes log m by 9e-10 of it
+  static constexpr float coefficients[] = {0.6666677638278882f, 0.3997754145534353f, 0.298717306201652f};
+  static constexpr float high = 0.693359375f, low = -2.1219444005469057e-4f;
+  static constexpr float smallest = 0x1p-126f;  // of the normal numbers
+  static constexpr int mantissa = 23, bias = 127;
+};
+template <>
+struct Log<double> {  // by 2e-18
+  static constexpr double coefficients[] = {0.6666666666666734,  0.3999999999941466,  0.28571428742392563,
+                                            0.22222198572680668, 0.18183564351284365, 0.15314049939920912,
+                                            0.14795955513196996};
+  static constexpr double high = 0x1.62e42feep-1, low = 1.9082149292705877e-10;
+  static constexpr double smallest = 0x1p-1022;
+  static constexpr int mantissa = 52, bias = 1023;
+};
+
+// log x for every x, as std::log has it: of subnormal numbers, too; -inf at either 0, NaN below, inf and NaN at
+// themselves. Error: 0.85 last places (float), 0.87 (double).
+template <class A>
+MLOT_INLINE Vector<A> logarithm(Vector<A> x) {
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  constexpr int n = int(sizeof(Log<A>::coefficients) / sizeof(A)), mantissa = Log<A>::mantissa;
+  constexpr A magic = A(Bits(1) << mantissa);  // added, it leaves an integer in the last bits of the sum
+  constexpr Bits one = std::bit_cast<Bits>(A(1)), least = std::bit_cast<Bits>(A(0.7071067811865476));
+  const auto subnormal = x < Log<A>::smallest;
+  const Vector<A> normal = subnormal ? x * magic : x;
+  // k's bits, and below them how far m's are from those of sqrt(1/2).
+  const VectorBits<A> parts = std::bit_cast<VectorBits<A>>(normal) + (one - least);
+  const Vector<A> exponent = std::bit_cast<Vector<A>>(parts >> mantissa | std::bit_cast<Bits>(magic));
+  const Vector<A> k = exponent - (subnormal ? all(magic + Log<A>::bias + mantissa) : all(magic + Log<A>::bias));
+  const Vector<A> f = std::bit_cast<Vector<A>>((parts & ((Bits(1) << mantissa) - 1)) + least) - A(1);
+  const Vector<A> s = f / (f + A(2)), z = s * s, half_square = f * f * A(0.5);
+  Vector<A> L = all(Log<A>::coefficients[n - 1]);
+#pragma GCC unroll 8
+  for (int i = n - 2; i >= 0; --i) L = L * z + Log<A>::coefficients[i];
+  const Vector<A> rest = s * (half_square + z * L) + k * Log<A>::low;
+  const Vector<A> log = k * Log<A>::high - (half_square - rest - f);
+  const Vector<A> at_most_0 = x == A(0) ? all(A(-INFINITY)) : all(A(NAN));
+  const Vector<A> finite = x > A(0) ? log : at_most_0;
+  return x < A(INFINITY) ? finite : x;
 }
 
 // Where the elements are known to be no NaN, which only bfloat16 takes care of by itself.
