@@ -9,9 +9,13 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# The oldest Triton that is supported, whose interpreter needs a NumPy before 2.4.
+OLDEST_TRITON ?= triton==3.6.0 "numpy>=1.26,<2.4"
+OLDEST_VENV   := .venv-triton-3.6
+
 NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.h")
 
-.PHONY: demo test test-full lint sanitize bench bench-full gpu-check clean
+.PHONY: demo test test-full test-triton-3.6 lint sanitize bench bench-full gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
@@ -21,6 +25,11 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	MLOT_TEST_FULL=1 $(BIN)/python -m pytest -n auto
+	MLOT_TEST_FULL=1 $(MAKE) test-triton-3.6
+
+# The Triton kernels alone, interpreted and compiled ahead of time; MLOT_TEST_FULL=1 for all of it.
+test-triton-3.6: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/triton
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -56,9 +65,15 @@ $(STAMP): $(VENV)/.torch pyproject.toml $(NATIVE)
 	MLOT_PROBE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test,lint]"
 	touch $@
 
+$(OLDEST_VENV)/.installed:
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TRITON) pytest pytest-xdist
+	touch $@
+
 $(VENV)/.bench: $(STAMP)
 	MLOT_PROBE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[bench]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info mlot_kernels/*.so mlot_kernels/_build.json
+	rm -rf $(VENV) $(OLDEST_VENV) build dist demo *.egg-info mlot_kernels/*.so mlot_kernels/_build.json

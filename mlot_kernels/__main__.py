@@ -1,11 +1,11 @@
-"""``python -m mlot_kernels info | selftest``."""
+"""``python -m mlot_kernels info | selftest | tune``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from mlot_kernels import info, selftest
+from mlot_kernels import info, selftest, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,9 +23,20 @@ def main(arguments: list[str] | None = None) -> int:
             epilog="exit status: 0 all passed, 1 something failed, 2 nothing could be tested",
         )
     )
+    about = "find the tiles and warps with which the Triton kernels are fastest on this GPU, and write them down"
+    tune.add_arguments(
+        commands.add_parser(
+            "tune",
+            help=about,
+            description=about,
+            epilog="exit status: 0 the table is written, 2 nothing could be measured or written",
+        )
+    )
     parsed = parser.parse_args(arguments)
     if parsed.command == "selftest":
         return selftest.main(parsed)
+    if parsed.command == "tune":
+        return tune.main(parsed)
     print(info.report())
     return 0
 

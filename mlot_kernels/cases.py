@@ -1,7 +1,8 @@
 """What a case is: one call of an operator, as the contract tests make it. And inputs of a real size for the benchmarks.
 
 Each operator's ``cases.py`` has ``cases(dtype, device) -> list[Case]``, edge cases first, and
-``large(dtype, device, seed, **sizes)``, the tensors of one call of a real size.
+``large(dtype, device, seed, **sizes)``, the tensors of one call of a real size. Where the operator has Triton kernels,
+``large_cases(dtype, device, **sizes) -> list[Case]`` are calls of a real size as users make them, which ``tune`` times.
 """
 
 from __future__ import annotations

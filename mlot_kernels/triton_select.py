@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mlot_kernels.triton_rows import load_tile, row_of
+from mlot_kernels.triton_tiles import launch_options
 
-GROUP = 64
-BLOCK = 2048
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+GROUP = 64  # no tile is smaller
 
 _LEAST: tl.constexpr = tl.constexpr(-(2**31))
 
@@ -185,8 +184,9 @@ def largest_columns(values: Tensor, index: Tensor, column_mask: Tensor | None, v
     if B * A:
         index = index.contiguous()
         strides = values.stride()[:2]
-        _group_maxima[(B * A, triton.cdiv(vocab_size, BLOCK))](
-            values, index, column_mask, maxima, A, *strides, vocab_size, groups, GROUP=GROUP, BLOCK=BLOCK, **LAUNCH
+        launch = launch_options("select.group_maxima", values.device)
+        _group_maxima[(B * A, triton.cdiv(vocab_size, launch["BLOCK"]))](
+            values, index, column_mask, maxima, A, *strides, vocab_size, groups, GROUP=GROUP, **launch
         )
         _collect[(B * A,)](
             values,
@@ -201,7 +201,6 @@ def largest_columns(values: Tensor, index: Tensor, column_mask: Tensor | None, v
             k,
             capacity,
             GROUP=GROUP,
-            BLOCK=BLOCK,
-            **LAUNCH,
+            **launch_options("select.collect", values.device),
         )
     return columns_of(chosen.topk(k).values)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlot_kernels import native
+from mlot_kernels import native, triton_tiles, verified
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these are no sources that can be built")
@@ -96,6 +96,14 @@ def test_no_wheel_holds_the_probe_of_an_earlier_build(tree):
     (wheel,) = (tree / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         assert not any("_probe" in name for name in archive.namelist())
+
+
+def test_a_wheel_holds_what_the_package_reads(tree):
+    assert setup(tree, "bdist_wheel", "--dist-dir", "dist", MLOT_NATIVE="0").returncode == 0
+    (wheel,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for path in (triton_tiles.PATH, verified.PATH):
+            assert archive.read(f"mlot_kernels/{path.name}") == path.read_bytes()
 
 
 def test_the_source_distribution_can_be_built(tree):

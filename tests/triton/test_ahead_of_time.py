@@ -1,12 +1,12 @@
 """Every launch that the operators make compiles for every architecture, without a GPU: specialised as a real launch is,
-no stack, and within a budget of registers."""
+with every entry of the table of tile sizes, no stack, and within a budget of registers."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mlot_kernels import Logits, Rows, gather_columns, rank_truncate, row_entropy, token_log_probability, topk_softmax
+from mlot_kernels.triton_tiles import TABLE, Options, overriding
 from tests.conftest import FULL
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TARGETS = [GPUTarget("cuda", 90, 32)]
-if FULL:
-    TARGETS += [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
+ARCHITECTURES = ["sm_90"] + ["sm_80", "sm_100", "sm_120", "gfx942"] * FULL
+TABLES = {f"{architecture}, default": (architecture, {}) for architecture in ARCHITECTURES}
+TABLES |= {f"{architecture}, its own": (architecture, entries) for architecture, entries in TABLE.architectures.items()}
+CANDIDATES = max(len(kernel.candidates) for kernel in TABLE.kernels.values())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64) if FULL else (torch.float32, torch.bfloat16)
 REGISTERS = 128  # float64, which serves gradcheck, is exempt, also from having no stack
 VOCABULARIES = [(151_936, 151_936), (50_257, 50_257), (151_665, 151_936)]  # columns, and the stride of rows
@@ -102,29 +104,84 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every field"])
-@pytest.mark.parametrize("call", [entropy, token, top, ranked, ranked_each_row, gathered], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"sm_{target.arch}".replace("sm_gfx", "gfx"))
-@pytest.mark.parametrize(("V", "stride"), VOCABULARIES)
-def test_launches_compile_within_budget(V, stride, target, dtype, call, plain, compile_only, tmp_path, monkeypatch):
+CALLS = (entropy, token, top, ranked, ranked_each_row, gathered)
+
+
+def target_of(architecture: str) -> GPUTarget:
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+@pytest.fixture
+def compile_calls(compile_only, tmp_path, monkeypatch):
+    """Compiles what a call launches, with ``entries`` of the table, and holds it to the budget; returns their names."""
     monkeypatch.setattr("mlot_kernels.backends._INTERPRETED", True)  # lets the backend take tensors of the CPU
-    torch.utils.deterministic.fill_uninitialized_memory = False  # of some hundred megabytes
-    values = torch.zeros(1, 2, stride, dtype=dtype)[..., :V].requires_grad_()
-    logits = Logits(values, Rows.every(1, 2))
-    if not plain:
-        columns = torch.ones(V, dtype=torch.bool)
-        logits = Logits(values, Rows.every(1, 2), 0.7, True, V - 1, columns, torch.zeros(1, 2))
-    with compile_only(target) as kernels:
-        call(logits).sum().backward()
-    assert kernels
-    for name, kernel in kernels:
-        if target.backend == "hip":
-            assert kernel.asm["hsaco"], name
-            continue
-        used = resources(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
-        if dtype != torch.float64:
-            assert used["STACK"] == used["LOCAL"] == 0, (name, used)
-            assert used["REG"] <= REGISTERS, (name, used)
-        if name in WALKS and stride % 16 == 0 and (name != "_write_dense" or stride == V):
-            assert re.search(r"ld\.global[.\w:]*\.v[24]\.", kernel.asm["ptx"]), f"{name} loads single elements"
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # some hundred megabytes
+
+    def check(
+        architecture: str,
+        entries: Mapping[str, Options],
+        calls: tuple[Callable[..., Any], ...],
+        dtype: torch.dtype,
+        plain: bool = False,
+        V: int = VOCABULARIES[0][0],
+        stride: int = VOCABULARIES[0][1],
+    ) -> set[str]:
+        values = torch.zeros(1, 2, stride, dtype=dtype)[..., :V].requires_grad_()
+        logits = Logits(values, Rows.every(1, 2))
+        if not plain:
+            columns = torch.ones(V, dtype=torch.bool)
+            logits = Logits(values, Rows.every(1, 2), 0.7, True, V - 1, columns, torch.zeros(1, 2))
+        target = target_of(architecture)
+        with overriding(entries) as launched, compile_only(target) as kernels:
+            for call in calls:
+                call(logits).sum().backward()
+        assert kernels
+        for name, kernel in kernels:
+            if target.backend == "hip":
+                assert kernel.asm["hsaco"], name
+                continue
+            used = resources(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
+            if dtype != torch.float64:
+                assert used["STACK"] == used["LOCAL"] == 0, (name, used)
+                assert used["REG"] <= REGISTERS, (name, used)
+            if name in WALKS and stride % 16 == 0 and (name != "_write_dense" or stride == V):
+                assert re.search(r"ld\.global[.\w:]*\.v[24]\.", kernel.asm["ptx"]), f"{name} loads single elements"
+        return launched
+
+    return check
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every field"])
+@pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize(("V", "stride"), VOCABULARIES)
+def test_launches_compile_within_budget(V, stride, architecture, entries, dtype, call, plain, compile_calls):
+    compile_calls(architecture, entries, (call,), dtype, plain, V, stride)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("i", range(CANDIDATES if FULL else 0))
+def test_what_tune_may_choose_compiles_within_budget(i, architecture, dtype, call, compile_calls):
+    entries = {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
+    compile_calls(architecture, entries, (call,), dtype)
+
+
+def test_the_calls_launch_every_kernel_of_the_table(compile_calls):
+    assert compile_calls("sm_90", {}, CALLS, torch.float32) == set(TABLE.kernels)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"BLOCK": 8192, "num_warps": 4}, "_statistics.*(REG|STACK)"),
+        ({"BLOCK": 256, "num_warps": 8}, "single elements"),
+    ],
+)
+def test_an_entry_beyond_the_budget_is_found(entry, words, compile_calls):
+    with pytest.raises(AssertionError, match=words):
+        compile_calls("sm_90", {"rows.statistics": entry}, (token,), torch.float32)

@@ -13,34 +13,62 @@ from mlot_kernels.registry import OPERATORS
 from tests.conftest import DEVICE, FULL
 
 pytest.importorskip("triton", reason="the kernels are Triton's; pip install 'mlot-kernels[triton]'")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda", reason="where there is a GPU, the contract's tests run the kernels on it"
+)
 
 # Every program is a Python loop here, and takes milliseconds: the quick run has values alone, without float64 and many
 # rows, and in 16 bits of the two cases with most in them. `make test-full` has all.
 QUICK = "fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every)))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes"
 
+# What `tune` does, but for the clock: every candidate of every kernel gives the default's results.
+TUNE = """
+import sys
+import torch
+from mlot_kernels import tune
+from mlot_kernels.triton_tiles import TABLE
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, the contract's tests run the kernels on it")
-@pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "triton" in op.forward])
-def test_operators_in_the_interpreter(operator):
-    promises = ALL if FULL else QUICK
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/test_contract.py",
-            f"-k={operator}-triton and ({promises})",
-            "-pno:cacheprovider",
-            "-pno:xdist",
-            "--color=no",
-        ],
+rows, vocabulary, *operators = sys.argv[1:]
+sizes = dict(sequences=1, rows=int(rows), vocabulary=int(vocabulary))
+calls = tune.calls(operators or tune.operators(), "cpu", dtypes=(torch.float32,), **sizes)
+found = list(tune.tune(list(calls), lambda run: 1.0))
+for finding in found:
+    print("\\n".join(tune.lines(finding)))
+assert {finding.kernel for finding in found} == {name for name, kernel in TABLE.kernels.items() if kernel.candidates}
+assert all(trial.speed == 1 for finding in found for trial in finding.trials)
+"""
+
+
+def interpreted(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "triton" in op.forward])
+def test_operators_in_the_interpreter(operator):
+    promises = ALL if FULL else QUICK
+    done = interpreted(
+        "-m",
+        "pytest",
+        "tests/test_contract.py",
+        f"-k={operator}-triton and ({promises})",
+        "-pno:cacheprovider",
+        "-pno:xdist",
+        "--color=no",
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout, done.stdout[-500:]
     assert "skipped" not in done.stdout, done.stdout[-500:]
+
+
+def test_whatever_tune_may_choose_gives_the_same_results():
+    few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate")  # which launch every kernel
+    done = interpreted("-c", TUNE, *(("2", "5000") if FULL else few))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -2,7 +2,7 @@
 
 Forward reads the logits twice: for the rows' statistics, and for the columns' sums of probability, of which a program
 holds one tile over up to 64 rows of a sequence. What the programs leave is added in order, so that a sequence's sums
-depend on nothing but its own rows. Backward is that of ``triton_rows``.
+depend on nothing but its own rows. Backward is that of ``triton_gradient``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mlot_kernels import triton_rows as rows
+from mlot_kernels.triton_gradient import gradient_at_columns
 from mlot_kernels.triton_rows import exponent_factor, load_tile, row_of, store_tile
 from mlot_kernels.triton_select import columns_of, largest_columns, order_of
+from mlot_kernels.triton_tiles import launch_options
 
-BLOCK = 2048
-PARTIAL_ROWS = 64  # counted rows of a sequence that are added up by one program
+PARTIAL_ROWS = 64  # counted rows of a sequence that are added up by one program, on every architecture
 
 
 @triton.jit
@@ -104,10 +105,10 @@ def _rank(
     B, A = index.shape
     parts = triton.cdiv(A, PARTIAL_ROWS)
     double = scalars.peak.dtype == torch.float64
-    tiles = triton.cdiv(vocab_size, BLOCK)
     partial = scalars.peak.new_empty(B, parts, vocab_size)
     if B * parts:
-        _partial_sums[(B * parts, tiles)](
+        launch = launch_options("rank_truncate.partial_sums", values.device)
+        _partial_sums[(B * parts, triton.cdiv(vocab_size, launch["BLOCK"]))](
             values,
             index.contiguous(),
             None if log_scale is None else log_scale.contiguous(),
@@ -122,14 +123,14 @@ def _rank(
             rows.bits_of(temperature),
             ROWS=PARTIAL_ROWS,
             DOUBLE=double,
-            BLOCK=BLOCK,
-            **rows.LAUNCH,
+            **launch,
         )
     rankings = 1 if scope == "batch" else B
     order = partial.new_empty(rankings, vocab_size, dtype=torch.float64 if double else torch.int64)
     if rankings:
-        _order[(rankings, tiles)](
-            partial, column_mask, order, B * parts // rankings, vocab_size, DOUBLE=double, BLOCK=BLOCK, **rows.LAUNCH
+        launch = launch_options("rank_truncate.order", values.device)
+        _order[(rankings, triton.cdiv(vocab_size, launch["BLOCK"]))](
+            partial, column_mask, order, B * parts // rankings, vocab_size, DOUBLE=double, **launch
         )
     if double:
         top, columns = order.sort(dim=-1, descending=True, stable=True)
@@ -203,7 +204,7 @@ def backward(
     temperatures: Sequence[float],
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    return rows.gradient_at_columns(
+    return gradient_at_columns(
         grad_log_probabilities,
         log_probabilities[0],
         grad_kept_mass.contiguous(),

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mlot_kernels import triton_rows as rows
 from mlot_kernels.checks import accumulator
+from mlot_kernels.triton_gradient import slots_of_positions
 from mlot_kernels.triton_rows import deviation, double_of, exponent_factor, load_tile, row_of, store_tile
+from mlot_kernels.triton_tiles import launch_options
 
-FORWARD_BLOCK = 2048
-BACKWARD_BLOCK = 4096
 _LOG2: tl.constexpr = tl.constexpr(math.log(2))
 
 
@@ -201,8 +201,7 @@ def forward(
             rows.bits_of(temperature),
             STANDARDIZE=standardize,
             DOUBLE=wide == torch.float64,
-            BLOCK=FORWARD_BLOCK,
-            **rows.LAUNCH,
+            **launch_options("row_entropy.forward", values.device),
         )
     return outputs
 
@@ -227,10 +226,11 @@ def backward(
     B, T, width = values.shape
     out = values.new_empty(B, T, width)
     if out.numel():
-        _backward[(B * T, triton.cdiv(width, BACKWARD_BLOCK))](
+        launch = launch_options("row_entropy.backward", values.device)
+        _backward[(B * T, triton.cdiv(width, launch["BLOCK"]))](
             grad.contiguous(),
             values,
-            rows.slots_of_positions(values, index),
+            slots_of_positions(values, index),
             column_mask,
             None if log_scale is None else log_scale.contiguous(),
             entropy,
@@ -248,7 +248,6 @@ def backward(
             width,
             rows.bits_of(temperature),
             DOUBLE=entropy.dtype == torch.float64,
-            BLOCK=BACKWARD_BLOCK,
-            **rows.LAUNCH,
+            **launch,
         )
     return out, grad * (entropy - mass)

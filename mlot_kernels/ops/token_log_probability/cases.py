@@ -26,6 +26,13 @@ def large(
     return large_logits(dtype, device, seed, sequences, rows, vocabulary), tokens.to(device)
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 2, rows: int = 256, vocabulary: int = 151_936
+) -> list[Case]:
+    values, tokens = large(dtype, device, sequences=sequences, rows=rows, vocabulary=vocabulary)
+    return [_at("large", Logits(values), False, tokens)]
+
+
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(2)
     for name, logits, smooth in logits_examples(dtype, device):

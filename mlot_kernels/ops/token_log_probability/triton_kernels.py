@@ -1,10 +1,11 @@
-"""token_log_probability on a GPU: a row's statistics, one gathered logit, and the gradient of ``triton_rows``."""
+"""token_log_probability on a GPU: a row's statistics, one gathered logit, and the gradient of ``triton_gradient``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from mlot_kernels import triton_rows as rows
+from mlot_kernels.triton_gradient import gradient_at_columns
 
 
 def forward(
@@ -38,7 +39,7 @@ def backward(
     temperature: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    return rows.gradient_at_columns(
+    return gradient_at_columns(
         grad[None, ..., None],
         None,
         None,

@@ -24,6 +24,13 @@ def large(
     return (large_logits(dtype, device, seed, sequences, rows, vocabulary),)
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 2, rows: int = 256, vocabulary: int = 151_936
+) -> list[Case]:
+    (values,) = large(dtype, device, sequences=sequences, rows=rows, vocabulary=vocabulary)
+    return [_top("50 columns", Logits(values), False, 50)]
+
+
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     for name, logits, smooth in logits_examples(dtype, device):
         yield _top(name, logits, smooth, min(5, logits.vocab_size or logits.values.shape[-1]))

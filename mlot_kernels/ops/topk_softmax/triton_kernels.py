@@ -1,10 +1,11 @@
-"""topk_softmax on a GPU: a row's statistics, the selection of ``triton_select``, the gradient of ``triton_rows``."""
+"""topk_softmax on a GPU: a row's statistics, the columns of ``triton_select``, the gradient of ``triton_gradient``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from mlot_kernels import triton_rows as rows
+from mlot_kernels.triton_gradient import gradient_at_columns
 from mlot_kernels.triton_select import largest_columns
 
 
@@ -43,7 +44,7 @@ def backward(
     temperature: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    return rows.gradient_at_columns(
+    return gradient_at_columns(
         grad_log_probabilities[None],
         None,
         None,
