@@ -19,6 +19,7 @@ from mlot_kernels.triton_tiles import launch_options
 GROUP = 64  # no tile is smaller
 
 _LEAST: tl.constexpr = tl.constexpr(-(2**31))
+_MOST: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def _kth_of_maxima(maxima_ptr, groups, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK: tl.constexpr):
-    """The k-th largest key of a row, and how many are above it."""
+    """The k-th largest key of a row."""
     found = tl.full([], _LEAST, tl.int32)
     for i in range(0, 32):
         bit = tl.full([], 1, tl.int32) << (31 - i)
@@ -95,19 +96,40 @@ def _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK: tl.constexpr):
         for start in range(0, vocab_size, BLOCK):
             count += (_keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK) >= trial).to(tl.int32)
         found = tl.where(tl.sum(count, 0) >= k, trial, found)
-    above = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        above += (_keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK) > found).to(tl.int32)
-    return found, tl.sum(above, 0)
+    return found
 
 
 @triton.jit
-def _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity):
-    """Appends the chosen of a tile behind the ``taken`` ones, in their order; returns how many that makes."""
-    number = chosen.to(tl.int32)
-    place = taken + tl.cumsum(number, 0) - 1
-    tl.store(chosen_ptr + place, order_of(keys, columns), mask=chosen & (place < capacity))
-    return taken + tl.sum(number, 0)
+def _append(
+    x_ptr,
+    column_mask_ptr,
+    maxima_ptr,
+    chosen_ptr,
+    vocab_size,
+    groups,
+    low,
+    high,
+    taken,
+    room,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Appends the keys ``low .. high`` of a row behind the ``taken`` ones, in the columns' order, while there is room.
+
+    Returns how many that makes, also where there was no room. Tiles without a maximum as large as ``low`` are not read.
+    """
+    for start in range(0, vocab_size, BLOCK):
+        group = start // GROUP + tl.arange(0, BLOCK // GROUP)
+        maxima = tl.load(maxima_ptr + group, mask=group < groups, other=_LEAST)
+        if tl.max(maxima, 0) >= low:
+            keys = _keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK)
+            columns = start + tl.arange(0, BLOCK)
+            chosen = (keys >= low) & (keys <= high) & (columns < vocab_size)
+            number = chosen.to(tl.int32)
+            place = taken + tl.cumsum(number, 0) - 1
+            tl.store(chosen_ptr + place, order_of(keys, columns), mask=chosen & (place < room))
+            taken += tl.sum(number, 0)
+    return taken
 
 
 @triton.jit
@@ -117,6 +139,7 @@ def _collect(
     column_mask_ptr,
     maxima_ptr,
     chosen_ptr,
+    taken_ptr,
     slots,
     batch_stride,
     row_stride,
@@ -129,7 +152,8 @@ def _collect(
 ):
     """Owns one slot: reads its groups' maxima and the tiles that hold one of the largest, writes what may be of the k.
 
-    ``chosen`` ``[B, A, capacity]``; places that stay free hold the least number.
+    ``chosen`` ``[B, A, capacity]``; places that stay free hold the least number. ``taken`` ``[B, A]``: how many there
+    are, more than ``capacity`` where there was no room for all.
     """
     slot = tl.program_id(0)
     x_ptr, counts = row_of(values_ptr, index_ptr, slot, slots, batch_stride, row_stride)
@@ -137,32 +161,81 @@ def _collect(
     chosen_ptr += slot.to(tl.int64) * capacity
     taken = tl.zeros([], tl.int32)
     if counts:
-        threshold = _kth_of_maxima(maxima_ptr, groups, k, BLOCK)
-        for start in range(0, vocab_size, BLOCK):
-            group = start // GROUP + tl.arange(0, BLOCK // GROUP)
-            maxima = tl.load(maxima_ptr + group, mask=group < groups, other=_LEAST)
-            if tl.max(maxima, 0) >= threshold:
-                keys = _keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK)
-                columns = start + tl.arange(0, BLOCK)
-                chosen = (keys >= threshold) & (columns < vocab_size)
-                taken = _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity)
-        if taken > capacity:
-            kth, above = _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK)
-            tl.debug_barrier()  # what was written above is written anew
-            taken = tl.zeros([], tl.int32)
-            equal = tl.zeros([], tl.int32)
-            for start in range(0, vocab_size, BLOCK):
-                keys = _keys(x_ptr, column_mask_ptr, start, vocab_size, BLOCK)
-                columns = start + tl.arange(0, BLOCK)
-                same = ((keys == kth) & (columns < vocab_size)).to(tl.int32)
-                first = equal + tl.cumsum(same, 0) <= k - above
-                chosen = (keys > kth) | ((same == 1) & first)
-                taken = _write_chosen(chosen_ptr, keys, columns, chosen, taken, capacity)
-                equal += tl.sum(same, 0)
+        low = _kth_of_maxima(maxima_ptr, groups, k, BLOCK)
+        high = tl.full([], _MOST, tl.int32)
+        taken = _append(
+            x_ptr,
+            column_mask_ptr,
+            maxima_ptr,
+            chosen_ptr,
+            vocab_size,
+            groups,
+            low,
+            high,
+            taken,
+            capacity,
+            GROUP,
+            BLOCK,
+        )
+    tl.store(taken_ptr + slot, taken)
     for start in range(0, capacity, BLOCK):
         place = start + tl.arange(0, BLOCK)
         free = (place >= taken) & (place < capacity)
         tl.store(chosen_ptr + place, tl.full([BLOCK], -(2**63), tl.int64), mask=free)
+
+
+@triton.jit
+def _collect_exactly(
+    values_ptr,
+    index_ptr,
+    column_mask_ptr,
+    maxima_ptr,
+    chosen_ptr,
+    taken_ptr,
+    slots,
+    batch_stride,
+    row_stride,
+    vocab_size,
+    groups,
+    k,
+    capacity,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Owns one slot, and does nothing where there was room: else it finds the k-th largest key and writes the k.
+
+    Those above the k-th come first, then as many of its equals as make k; behind them it writes the least number.
+    A kernel of its own, since it is rare and would take registers from the other.
+    """
+    slot = tl.program_id(0)
+    if tl.load(taken_ptr + slot) > capacity:
+        x_ptr, _ = row_of(values_ptr, index_ptr, slot, slots, batch_stride, row_stride)
+        maxima_ptr += slot.to(tl.int64) * groups
+        chosen_ptr += slot.to(tl.int64) * capacity
+        kth = _kth_of_row(x_ptr, column_mask_ptr, vocab_size, k, BLOCK)
+        low = tl.minimum(kth, _MOST - 1) + 1
+        high = tl.full([], _MOST, tl.int32)
+        taken = tl.zeros([], tl.int32)
+        for _ in range(0, 2):
+            taken = _append(
+                x_ptr,
+                column_mask_ptr,
+                maxima_ptr,
+                chosen_ptr,
+                vocab_size,
+                groups,
+                low,
+                high,
+                taken,
+                k,
+                GROUP,
+                BLOCK,
+            )
+            low, high = kth, kth
+        for start in range(0, capacity, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            free = (place >= k) & (place < capacity)
+            tl.store(chosen_ptr + place, tl.full([BLOCK], -(2**63), tl.int64), mask=free)
 
 
 def largest_columns(values: Tensor, index: Tensor, column_mask: Tensor | None, vocab_size: int, k: int) -> Tensor:
@@ -188,19 +261,22 @@ def largest_columns(values: Tensor, index: Tensor, column_mask: Tensor | None, v
         _group_maxima[(B * A, triton.cdiv(vocab_size, launch["BLOCK"]))](
             values, index, column_mask, maxima, A, *strides, vocab_size, groups, GROUP=GROUP, **launch
         )
-        _collect[(B * A,)](
-            values,
-            index,
-            column_mask,
-            maxima,
-            chosen,
-            A,
-            *strides,
-            vocab_size,
-            groups,
-            k,
-            capacity,
-            GROUP=GROUP,
-            **launch_options("select.collect", values.device),
-        )
+        taken = index.new_empty(B, A, dtype=torch.int32)
+        for kernel, name in ((_collect, "select.collect"), (_collect_exactly, "select.collect_exactly")):
+            kernel[(B * A,)](
+                values,
+                index,
+                column_mask,
+                maxima,
+                chosen,
+                taken,
+                A,
+                *strides,
+                vocab_size,
+                groups,
+                k,
+                capacity,
+                GROUP=GROUP,
+                **launch_options(name, values.device),
+            )
     return columns_of(chosen.topk(k).values)
