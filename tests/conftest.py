@@ -9,8 +9,14 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
+from mlot_kernels import native
+from mlot_kernels.registry import OPERATORS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = os.environ.get("MLOT_TEST_FULL") == "1"
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # as in the process that tests/triton/test_interpreter.py starts
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would only wait for one another
@@ -37,6 +43,12 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
         if HAS_SCIPY or "needs SciPy" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+def backends_of(operator: str) -> list[str]:
+    """Those that take tensors of the CPU in this process; for the tests of an operator's own."""
+    there = {"reference": True, "cpu": native.MISSING["cpu"] is None, "triton": INTERPRETED}
+    return [name for name in OPERATORS[operator].forward if there.get(name)]
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@ import sys
 import pytest
 import torch
 
-from mlot_kernels import Logits, Ranked, Rows, gather_columns, match_columns, native, pair, rank_truncate, use_backend
+from mlot_kernels import Logits, Ranked, Rows, gather_columns, match_columns, pair, rank_truncate, use_backend
+from tests.conftest import backends_of
 from tests.properties import given, st
 
 METHODS = ("greedy", "optimal")
-BACKENDS = ["reference"] + ["cpu"] * (native.MISSING["cpu"] is None)
+BACKENDS = backends_of("match_columns")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is missing")
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from mlot_kernels import native, pairwise_cost, use_backend
+from mlot_kernels import pairwise_cost, use_backend
 from mlot_kernels.ops.pairwise_cost import reference
 from mlot_kernels.transport import METRICS
+from tests.conftest import backends_of
 
-BACKENDS = ["reference"] + ["cpu"] * (native.MISSING["cpu"] is None)
+BACKENDS = backends_of("pairwise_cost")
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is missing")
 
 
@@ -101,7 +102,7 @@ def test_strides_change_no_bit(metric):
         assert torch.equal(ours, theirs)
 
 
-@needs_cpu
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0, 1e-30])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("metric", METRICS)
@@ -113,14 +114,14 @@ def test_special_values_are_the_definitions(metric, side, value):
     grad = torch.randn(1, 6, 18)
     grad[0, 1, 5], grad[0, 5, 4] = 0, 3
     expected = gradients(*sides, grad, metric=metric, backend="reference")
-    for ours, theirs in zip(gradients(*sides, grad, metric=metric, backend="cpu"), expected, strict=True):
+    for ours, theirs in zip(gradients(*sides, grad, metric=metric), expected, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-@needs_cpu
+@pytest.mark.usefixtures("backend")
 def test_the_sign_of_a_difference_below_the_normal_numbers():
     x, y = torch.tensor([[[1e-40, 0.0, -0.0]]]), torch.tensor([[[0.0, 1e-40, 0.0]]])
-    _, for_x, for_y = gradients(x, y, torch.ones(1, 1, 1), metric="l1", backend="cpu")
+    _, for_x, for_y = gradients(x, y, torch.ones(1, 1, 1), metric="l1")
     assert for_x.tolist() == [[[1, -1, 0]]]
     assert for_y.tolist() == [[[-1, 1, 0]]]
 

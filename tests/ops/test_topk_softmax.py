@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from mlot_kernels import Logits, Rows, rank_truncate, topk_softmax
+from tests.conftest import backends_of
 from tests.properties import given, st
 
+on_every_backend = pytest.mark.parametrize("backend", backends_of("topk_softmax"))
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 12))
 
 
@@ -57,11 +59,34 @@ def test_every_field_of_logits():
     torch.testing.assert_close(top.log_probabilities, best.values - top.lse[..., None] + scale[..., None])
 
 
-def test_equal_logits_stand_in_the_order_of_their_columns():
+@on_every_backend
+def test_equal_logits_stand_in_the_order_of_their_columns(backend):
     x = torch.zeros(1, 3, 300)
     x[0, 1, 4] = 1
     x[0, 2, ::2] = -0.0  # equal to 0
-    assert topk_softmax(x, 4).columns.tolist() == [[[0, 1, 2, 3], [4, 0, 1, 2], [0, 1, 2, 3]]]
+    assert topk_softmax(x, 4, backend=backend).columns.tolist() == [[[0, 1, 2, 3], [4, 0, 1, 2], [0, 1, 2, 3]]]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_equals_than_there_is_room_for(dtype, backend):
+    """A few larger ones, many equal to the k-th, in rows where either end of the numbers is met."""
+    x = torch.randint(0, 2, (1, 5, 700)).to(dtype)
+    x[0, 0, ::70] = 2
+    x[0, 1] = float("inf")
+    x[0, 2] = float("-inf")
+    x[0, 3] = torch.finfo(dtype).min
+    x[0, 3, 600] = 0
+    x[0, 4] = float("nan")
+    mask = torch.arange(700) % 3 > 0
+    for columns in (None, mask):
+        values = x if columns is None else x.masked_fill(~columns, float("-inf"))
+        order = values.sort(dim=-1, descending=True, stable=True).indices
+        if columns is not None:  # those left out come behind -inf
+            order = order.gather(2, (~mask[order]).to(torch.uint8).argsort(dim=-1, stable=True))
+        ours = topk_softmax(Logits(x, columns=columns), 12, backend=backend).columns
+        assert torch.equal(ours[:, :4], order[:, :4, :12])
+        assert ((ours[:, 4] >= 0) & (ours[:, 4] < 700)).all(), "of NaN they mean nothing, but are columns"
 
 
 def test_logits_whose_probabilities_are_rounded_to_one_keep_their_order():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mlot_kernels import Logits, Rows, gather_columns, rank_truncate, row_entropy, token_log_probability, topk_softmax
+from mlot_kernels import (
+    Logits,
+    Ranked,
+    Rows,
+    gather_columns,
+    match_columns,
+    pairwise_cost,
+    rank_truncate,
+    row_entropy,
+    token_log_probability,
+    topk_softmax,
+)
+from mlot_kernels.transport import METRICS
 from mlot_kernels.triton_tiles import TABLE, Options, overriding
 from tests.conftest import FULL
 
@@ -32,7 +44,17 @@ CANDIDATES = max(len(kernel.candidates) for kernel in TABLE.kernels.values())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64) if FULL else (torch.float32, torch.bfloat16)
 REGISTERS = 128  # float64, which serves gradcheck, is exempt, also from having no stack
 VOCABULARIES = [(151_936, 151_936), (50_257, 50_257), (151_665, 151_936)]  # columns, and the stride of rows
-WALKS = ("_statistics", "_forward", "_partial_sums", "_group_maxima", "_write_dense", "_backward")  # read whole rows
+FEATURES = [(256, 256, 50), (1, 37, 1)]  # rows of either side, and their width
+
+# They read whole rows of logits, and load vectors wherever the rows' stride lets them.
+WALKS = {
+    "rows.statistics",
+    "row_entropy.forward",
+    "row_entropy.backward",
+    "rank_truncate.partial_sums",
+    "select.group_maxima",
+    "gradient.write_dense",
+}
 
 
 class Offline:
@@ -51,6 +73,13 @@ class Offline:
         return 0
 
 
+def name_of(kernel: JITFunction) -> str:
+    """As in the table: ``<module or operator>.<function>``."""
+    module = kernel.__module__.split(".")
+    owner = module[2] if module[1] == "ops" else module[-1].removeprefix("triton_")
+    return f"{owner}.{kernel.__name__.removeprefix('_')}"
+
+
 @pytest.fixture
 def compile_only(monkeypatch):
     """``with compile_only(target) as kernels``: launches in the block compile for ``target``, into ``kernels``."""
@@ -63,7 +92,7 @@ def compile_only(monkeypatch):
         def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
             assert "enable_fp_fusion" in options, f"{self.__name__}: fusion is left to a default"
             self.device_caches.clear()  # keyed by device, not by target
-            kernels.append((self.__name__, run(self, *arguments, grid=grid, warmup=True, **options)))
+            kernels.append((name_of(self), run(self, *arguments, grid=grid, warmup=True, **options)))
 
         monkeypatch.setattr(JITFunction, "run", record)
         monkeypatch.setattr(driver, "_active", Offline(target))  # reset_active() raises where there is no GPU
@@ -98,13 +127,42 @@ def gathered(logits):
     return gather_columns(logits, columns, backend="triton").log_probabilities
 
 
+def matched(logits):
+    teacher = torch.zeros(*logits.rows.index.shape, 50)
+    ranks = Ranked(teacher[None], torch.zeros(teacher.shape[0], 50, dtype=torch.int64), teacher.sum(-1))
+    return match_columns(logits, ranks, backend="triton")
+
+
+CALLS = (entropy, token, top, ranked, ranked_each_row, gathered, matched)
+
+
+def on_logits(
+    call: Callable[[Logits], torch.Tensor],
+    dtype: torch.dtype,
+    plain: bool = False,
+    V: int = VOCABULARIES[0][0],
+    stride: int = VOCABULARIES[0][1],
+) -> None:
+    """Call it, and its gradient if it has one."""
+    values = torch.zeros(1, 2, stride, dtype=dtype)[..., :V].requires_grad_()
+    logits = Logits(values, Rows.every(1, 2))
+    if not plain:
+        columns = torch.ones(V, dtype=torch.bool)
+        logits = Logits(values, Rows.every(1, 2), 0.7, True, V - 1, columns, torch.zeros(1, 2))
+    output = call(logits)
+    if output.is_floating_point():
+        output.sum().backward()
+
+
+def on_features(metric: str, dtype: torch.dtype, M: int = 256, N: int = 256, D: int = 50) -> None:
+    x, y = (torch.zeros(2, rows, D, dtype=dtype, requires_grad=True) for rows in (M, N))
+    pairwise_cost(x, y, metric=metric, backend="triton").sum().backward()
+
+
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
     path.write_bytes(cubin)
     text = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-
-
-CALLS = (entropy, token, top, ranked, ranked_each_row, gathered)
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -114,30 +172,26 @@ def target_of(architecture: str) -> GPUTarget:
 
 
 @pytest.fixture
-def compile_calls(compile_only, tmp_path, monkeypatch):
-    """Compiles what a call launches, with ``entries`` of the table, and holds it to the budget; returns their names."""
+def check(compile_only, tmp_path, monkeypatch):
+    """Compiles what ``run`` launches, with ``entries`` of the table, and holds it to the budget; returns the names.
+
+    ``vectors`` names the kernels that must load more than one element at a time.
+    """
     monkeypatch.setattr("mlot_kernels.backends._INTERPRETED", True)  # lets the backend take tensors of the CPU
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # some hundred megabytes
 
     def check(
         architecture: str,
         entries: Mapping[str, Options],
-        calls: tuple[Callable[..., Any], ...],
         dtype: torch.dtype,
-        plain: bool = False,
-        V: int = VOCABULARIES[0][0],
-        stride: int = VOCABULARIES[0][1],
+        run: Callable[[], None],
+        vectors: Collection[str] = (),
     ) -> set[str]:
-        values = torch.zeros(1, 2, stride, dtype=dtype)[..., :V].requires_grad_()
-        logits = Logits(values, Rows.every(1, 2))
-        if not plain:
-            columns = torch.ones(V, dtype=torch.bool)
-            logits = Logits(values, Rows.every(1, 2), 0.7, True, V - 1, columns, torch.zeros(1, 2))
         target = target_of(architecture)
         with overriding(entries) as launched, compile_only(target) as kernels:
-            for call in calls:
-                call(logits).sum().backward()
+            run()
         assert kernels
+        assert {name for name, _ in kernels} == launched, "a launch asks for another kernel's options"
         for name, kernel in kernels:
             if target.backend == "hip":
                 assert kernel.asm["hsaco"], name
@@ -146,11 +200,16 @@ def compile_calls(compile_only, tmp_path, monkeypatch):
             if dtype != torch.float64:
                 assert used["STACK"] == used["LOCAL"] == 0, (name, used)
                 assert used["REG"] <= REGISTERS, (name, used)
-            if name in WALKS and stride % 16 == 0 and (name != "_write_dense" or stride == V):
+            if name in vectors:
                 assert re.search(r"ld\.global[.\w:]*\.v[24]\.", kernel.asm["ptx"]), f"{name} loads single elements"
         return launched
 
     return check
+
+
+def walks(V: int, stride: int) -> set[str]:
+    """The kernels that can load vectors of such rows."""
+    return set() if stride % 16 else WALKS if stride == V else WALKS - {"gradient.write_dense"}
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "every field"])
@@ -158,30 +217,57 @@ def compile_calls(compile_only, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize(("V", "stride"), VOCABULARIES)
-def test_launches_compile_within_budget(V, stride, architecture, entries, dtype, call, plain, compile_calls):
-    compile_calls(architecture, entries, (call,), dtype, plain, V, stride)
+def test_launches_compile_within_budget(V, stride, architecture, entries, dtype, call, plain, check):
+    check(architecture, entries, dtype, lambda: on_logits(call, dtype, plain, V, stride), walks(V, stride))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize(("M", "N", "D"), FEATURES)
+def test_launches_on_features_compile_within_budget(M, N, D, architecture, entries, dtype, metric, check):
+    vectors = {"pairwise_cost.costs", "pairwise_cost.gradient"} - (
+        {*TABLE.kernels} if dtype == torch.float64 else set()
+    )
+    check(architecture, entries, dtype, lambda: on_features(metric, dtype, M, N, D), vectors)
+
+
+def candidates(i: int) -> Mapping[str, Options]:
+    return {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("i", range(CANDIDATES if FULL else 0))
-def test_what_tune_may_choose_compiles_within_budget(i, architecture, dtype, call, compile_calls):
-    entries = {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
-    compile_calls(architecture, entries, (call,), dtype)
+def test_what_tune_may_choose_compiles_within_budget(i, architecture, dtype, call, check):
+    check(architecture, candidates(i), dtype, lambda: on_logits(call, dtype), walks(*VOCABULARIES[0]))
 
 
-def test_the_calls_launch_every_kernel_of_the_table(compile_calls):
-    assert compile_calls("sm_90", {}, CALLS, torch.float32) == set(TABLE.kernels)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("i", range(CANDIDATES if FULL else 0))
+def test_what_tune_may_choose_on_features_compiles_within_budget(i, architecture, metric, check):
+    check(architecture, candidates(i), torch.float32, lambda: on_features(metric, torch.float32))
+
+
+def test_the_calls_launch_every_kernel_of_the_table(check):
+    def run():
+        for call in CALLS:
+            on_logits(call, torch.float32)
+        for metric in METRICS:
+            on_features(metric, torch.float32)
+
+    assert check("sm_90", {}, torch.float32, run) == set(TABLE.kernels)
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"BLOCK": 8192, "num_warps": 4}, "_statistics.*(REG|STACK)"),
+        ({"BLOCK": 8192, "num_warps": 4}, "rows.statistics.*(REG|STACK)"),
         ({"BLOCK": 256, "num_warps": 8}, "single elements"),
     ],
 )
-def test_an_entry_beyond_the_budget_is_found(entry, words, compile_calls):
+def test_an_entry_beyond_the_budget_is_found(entry, words, check):
     with pytest.raises(AssertionError, match=words):
-        compile_calls("sm_90", {"rows.statistics": entry}, (token,), torch.float32)
+        check("sm_90", {"rows.statistics": entry}, torch.float32, lambda: on_logits(token, torch.float32), WALKS)

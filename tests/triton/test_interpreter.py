@@ -51,14 +51,30 @@ def interpreted(*arguments):
     )
 
 
+# Tests of an operator's own that take every backend; of others the quick run has too many programs.
+OWN = {
+    "topk_softmax": "triton",
+    "pairwise_cost": "triton and (special or empty or sign)",
+    "match_columns": "triton and (index or nan or without)",
+}
+
+
 @pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "triton" in op.forward])
 def test_operators_in_the_interpreter(operator):
-    promises = ALL if FULL else QUICK
+    run_tests("tests/test_contract.py", f"{operator}-triton and ({ALL if FULL else QUICK})")
+
+
+@pytest.mark.parametrize("operator", OWN)
+def test_operators_own_tests_in_the_interpreter(operator):
+    run_tests(f"tests/ops/test_{operator}.py", "triton" if FULL else OWN[operator])
+
+
+def run_tests(file, chosen):
     done = interpreted(
         "-m",
         "pytest",
-        "tests/test_contract.py",
-        f"-k={operator}-triton and ({promises})",
+        file,
+        f"-k={chosen}",
         "-pno:cacheprovider",
         "-pno:xdist",
         "--color=no",
@@ -69,6 +85,6 @@ def test_operators_in_the_interpreter(operator):
 
 
 def test_whatever_tune_may_choose_gives_the_same_results():
-    few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate")  # which launch every kernel
+    few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate", "pairwise_cost", "match_columns")
     done = interpreted("-c", TUNE, *(("2", "5000") if FULL else few))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

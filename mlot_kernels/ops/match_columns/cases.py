@@ -30,6 +30,13 @@ def large(
     return student, teacher.gather(2, columns.expand(-1, rows, -1))
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 2, rows: int = 256, vocabulary: int = 151_936
+) -> list[Case]:
+    student, teacher = large(dtype, device, sequences=sequences, rows=rows, vocabulary=vocabulary, k=50)
+    return [_case("50 columns, greedy", Logits(student), teacher, False, "greedy")]
+
+
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(1)
 
@@ -83,7 +90,7 @@ def _case(name: str, student: Logits, teacher: Tensor, smooth: bool, method: str
         return _excess(case_of(costs).definition(inputs)[0], outputs[0], method)
 
     (B, A), k, V = index.shape, teacher.shape[-1], student.values.shape[-1]
-    memory = B * k * V + B * A * k + V  # the costs are most of it
+    memory = B * k * V + B * A * (k + 8) + V  # the costs are most of it; a few scalars of each row
     return replace(case_of(definition), memory=memory, excess=excess, waits=method == "optimal")
 
 

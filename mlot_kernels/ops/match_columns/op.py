@@ -12,7 +12,7 @@ from mlot_kernels.backends import refusing
 from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
 from mlot_kernels.native import native
 from mlot_kernels.ops.match_columns import reference
-from mlot_kernels.registry import plain_operator
+from mlot_kernels.registry import lazy, plain_operator
 
 _greedy, _costs = (native("cpu", f"match_columns_{name}") for name in ("greedy", "costs"))
 
@@ -34,6 +34,7 @@ def _on_cpu(*arguments: Any) -> Tensor:
 FORWARD = {
     "reference": reference.match_columns,
     "cpu": refusing(_on_cpu, getattr(_greedy, "refuses", lambda *_: None)),
+    "triton": lazy("mlot_kernels.ops.match_columns.triton_kernels", "match_columns"),
 }
 
 

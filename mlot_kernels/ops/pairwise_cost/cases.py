@@ -14,6 +14,12 @@ from mlot_kernels.transport import METRICS
 large = large_features
 
 
+def large_cases(dtype: torch.dtype, device: str, *, sequences: int = 8, rows: int = 256, **_: int) -> list[Case]:
+    """``sequences`` problems of ``rows`` times seven eighths as many rows; a vocabulary's size has no part in them."""
+    x, y = large(dtype, device, problems=sequences, student_rows=rows, teacher_rows=max(1, rows * 7 // 8), width=50)
+    return [_case("l1, 50 features", x, y, "l1"), _case("cosine, 50 features", x, y, "cosine")]
+
+
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
 

@@ -10,11 +10,21 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.native import native
 from mlot_kernels.ops.pairwise_cost import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 from mlot_kernels.transport import METRICS
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "pairwise_cost_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "pairwise_cost_backward")}
+_TRITON = "mlot_kernels.ops.pairwise_cost.triton_kernels"
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "pairwise_cost_forward"),
+    "triton": lazy(_TRITON, "forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "pairwise_cost_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(x: Tensor, y: Tensor, metric: str, backend: str) -> Tensor:
