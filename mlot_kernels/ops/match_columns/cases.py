@@ -90,7 +90,7 @@ def _case(name: str, student: Logits, teacher: Tensor, smooth: bool, method: str
         return _excess(case_of(costs).definition(inputs)[0], outputs[0], method)
 
     (B, A), k, V = index.shape, teacher.shape[-1], student.values.shape[-1]
-    memory = B * k * V + B * A * (k + 8) + V  # the costs are most of it; a few scalars of each row
+    memory = B * k * V + B * A * k + V  # the costs are most of it
     return replace(case_of(definition), memory=memory, excess=excess, waits=method == "optimal")
 
 

@@ -288,7 +288,7 @@ def match_columns(
     columns = index.new_empty(B, k)
     if method == "optimal":
         for one, costs in zip(columns, cost, strict=True):
-            one.copy_(reference.assignment(costs.double().cpu()))
+            one.copy_(reference.assignment(costs.cpu()))
     elif B:
         _choose[(B,)](
             cost,
