@@ -13,9 +13,9 @@ STAMP := $(VENV)/.installed
 OLDEST_TRITON ?= triton==3.6.0 "numpy>=1.26,<2.4"
 OLDEST_VENV   := .venv-triton-3.6
 
-NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.h")
+NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
 
-.PHONY: demo test test-full test-triton-3.6 lint sanitize bench bench-full gpu-check clean
+.PHONY: demo test test-full test-triton-3.6 cuda-build lint sanitize bench bench-full gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
@@ -31,10 +31,13 @@ test-full: $(STAMP)
 test-triton-3.6: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/triton
 
+# nvcc into the environment, where there is none: the next target builds the CUDA kernels, which no GPU is needed for.
+cuda-build: $(VENV)/.cuda-build
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files "*.h" "*.cpp")
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files "*.h" "*.cpp" "*.cu")
 	$(BIN)/mypy
 
 # The C++ under the address, undefined-behaviour and thread sanitizers.
@@ -63,6 +66,11 @@ $(VENV)/.torch:
 
 $(STAMP): $(VENV)/.torch pyproject.toml $(NATIVE)
 	MLOT_PROBE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+$(VENV)/.cuda-build: $(VENV)/.torch
+	MLOT_NATIVE=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[cuda-build]"
+	rm -f $(STAMP)
 	touch $@
 
 $(OLDEST_VENV)/.installed:

@@ -1,9 +1,11 @@
-"""Builds the native parts: `mlot_kernels/_cpu.so`, and for developers `mlot_kernels/_probe*.so`.
+"""Builds the native parts: `mlot_kernels/_cpu.so`, where there is nvcc `_cuda.so`, and for developers `_probe*.so`.
 
 It never imports torch, whose headers are all that it needs. Where something is missing it installs the Python parts
 alone and says so. Environment variables:
 
     MLOT_NATIVE     0: the Python parts alone; 1: fail where the native parts cannot be built; unset: if possible
+    MLOT_CUDA       0: no `_cuda.so`; 1: fail where it cannot be built; unset: if possible. It needs no GPU
+    CUDA_HOME       the toolkit whose nvcc is taken, before that on PATH and that of the extra cuda-build
     MLOT_PROBE      1: also build the developers' module (pybind11), which no wheel may hold
     MLOT_SANITIZE   for example address,undefined: instrument everything; see `make sanitize`
     MLOT_TORCH_DIR  torch's folder, where it is in neither the build's nor the target's environment
@@ -46,6 +48,8 @@ INSTRUCTION_SETS = {
     },
 }.get(platform.machine(), BASELINE)
 
+CUDA_ARCHITECTURES = {(12, 8): ("80", "90", "100"), (13, 0): ("80", "90", "100", "120")}  # from this nvcc on
+
 SANITIZE = os.environ.get("MLOT_SANITIZE", "")
 if SANITIZE:  # this machine's own alone, and no wheel holds it: three would take minutes to compile
     INSTRUCTION_SETS = {"baseline": "-march=native"}
@@ -63,6 +67,20 @@ class Tools:
     ninja: tuple[str, ...]
     torch: Path
     torch_version: str
+    cuda: Toolkit | None
+    why_no_cuda: str | None
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: nvcc and what it links with."""
+
+    home: Path
+    version: tuple[int, int]
+    architectures: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"CUDA {self.version[0]}.{self.version[1]} for {', '.join(f'sm_{x}' for x in self.architectures)}"
 
 
 class Missing(Exception):
@@ -73,7 +91,51 @@ def find_tools() -> Tools:
     if sys.platform != "linux":
         raise Missing(f"the native parts are built on Linux alone, and this is {sys.platform}")
     torch, version = find_torch()
-    return Tools(find_compiler(), find_ninja(), torch, version)
+    compiler, ninja = find_compiler(), find_ninja()
+    cuda, why_not = find_cuda()
+    return Tools(compiler, ninja, torch, version, cuda, why_not)
+
+
+def find_cuda() -> tuple[Toolkit | None, str | None]:
+    """The toolkit, or None and why there is none."""
+    wanted = switch("MLOT_CUDA")
+    if wanted == "0" or SANITIZE:
+        return None, "it was built with MLOT_CUDA=0" if wanted == "0" else "sanitizers watch the CPU"
+    try:
+        return find_toolkit(), None
+    except Missing as missing:
+        if wanted == "1":
+            raise SystemExit(f"[mlot] MLOT_CUDA=1, and the CUDA kernels cannot be built: {missing}") from None
+        return None, str(missing)
+
+
+def find_toolkit() -> Toolkit:
+    if home := os.environ.get("CUDA_HOME"):
+        candidates = [Path(home) / "bin/nvcc"]
+    else:
+        installed = {Path(sysconfig.get_paths()[kind]) for kind in ("purelib", "platlib")}
+        found = shutil.which("nvcc")
+        candidates = [Path(found)] if found else []
+        candidates += sorted(path for folder in installed for path in folder.glob("nvidia/cu*/bin/nvcc"))
+    for nvcc in candidates:
+        if os.access(nvcc, os.X_OK):
+            return toolkit_of(nvcc)
+    where = f"CUDA_HOME={home} has none" if home else "CUDA_HOME is not set and there is none on PATH"
+    raise Missing(f"there is no nvcc: {where}; install a CUDA toolkit, or pip install 'mlot-kernels[cuda-build]'")
+
+
+def toolkit_of(nvcc: Path) -> Toolkit:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    version = (int(release[1]), int(release[2])) if release else (0, 0)
+    architectures = [names for oldest, names in CUDA_ARCHITECTURES.items() if version >= oldest]
+    if not architectures:
+        raise Missing(f"{nvcc} is CUDA {version[0]}.{version[1]}; the kernels need 12.8 or newer")
+    # What stands on PATH may be a script beside which there is no toolkit.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    home = Path(top[1]).resolve() if top else nvcc.resolve().parents[1]
+    return Toolkit(home, version, architectures[-1])
 
 
 def find_compiler() -> str:
@@ -130,12 +192,15 @@ def write_build_facts(folder: Path) -> None:
     """`_build.json`, which `python -m mlot_kernels info` and the reasons of `explain` are made of."""
     facts = {
         "commit": commit() or None,
-        "cuda": None,
+        "cuda": "{}.{}".format(*TOOLS.cuda.version) if TOOLS and TOOLS.cuda else None,
         "architectures": list(INSTRUCTION_SETS) if TOOLS else [],
+        "cuda_architectures": [f"sm_{name}" for name in TOOLS.cuda.architectures] if TOOLS and TOOLS.cuda else [],
         "torch": TOOLS.torch_version if TOOLS else None,
     }
     if not TOOLS:
         facts["missing"] = WHY_NOT
+    elif not TOOLS.cuda:
+        facts["missing_cuda"] = TOOLS.why_no_cuda
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -170,6 +235,19 @@ class Ninja:
         ]
         self.rule("compile", compile_, "  depfile = $out.d", "  deps = gcc")
         self.rule("link", link)
+        if tools.cuda:
+            code = [f"-gencode arch=compute_{name},code=sm_{name}" for name in tools.cuda.architectures]
+            newest = tools.cuda.architectures[-1]
+            nvcc = [
+                f"{tools.cuda.home}/bin/nvcc -std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+                f"-ccbin {tools.compiler}",
+                *code,
+                f"-gencode arch=compute_{newest},code=compute_{newest}",  # PTX, for what comes after them
+                f"-Xcompiler=-ffile-prefix-map={ROOT}=.",
+                f"-I{SOURCES}/include",
+                "-MMD -MF $out.d -c $in -o $out",
+            ]
+            self.rule("nvcc", nvcc, "  depfile = $out.d", "  deps = gcc")
         # The result must name the library it needs, but nothing of torch is linked: an empty one stands in.
         self.rule("stand_in", [tools.compiler, "-shared -nostdlib -Wl,-soname,$name -x c /dev/null -o $out"])
 
@@ -212,8 +290,9 @@ class Build(build_ext):
         ninja = Ninja(TOOLS, folder)
         dispatch = ninja.compile(SOURCES / "cpu/dispatch.cpp")
         targets = [self.target(extension) for extension in self.extensions]
+        links = {"_cpu": self.link_cpu, "_cuda": self.link_cuda}
         for target in targets:
-            (self.link_cpu if target.stem == "_cpu" else self.link_probe)(ninja, target, dispatch)
+            links.get(target.stem, self.link_probe)(ninja, target, dispatch)
         (folder / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         verbose = ["-v"] if os.environ.get("MLOT_VERBOSE") == "1" else []
@@ -230,10 +309,33 @@ class Build(build_ext):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def operators(self, ninja: Ninja, folder: str, *flags: str) -> list[Path]:
+        """The objects that know torch, by its stable ABI alone."""
+        stable = f"-isystem {TOOLS.torch}/include -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION={TARGET_VERSION}"
+        return [
+            ninja.compile(source, " ".join([stable, *flags])) for source in sorted((SOURCES / folder).glob("*.cpp"))
+        ]
+
+    def link_cuda(self, ninja: Ninja, target: Path, dispatch: Path) -> None:
+        libraries = ("libtorch_cpu.so", "libtorch_cuda.so")
+        folder = ninja.folder / "cuda"
+        torch = tuple(ninja.edge("stand_in", folder / name, [], name=name) for name in libraries)
+        kernels = [
+            ninja.edge("nvcc", ninja.folder / f"cuda/{source.stem}.o", [source])
+            for source in sorted((SOURCES / "cuda").glob("*.cu"))
+        ]
+        objects = [*self.operators(ninja, "ops_cuda", "-DUSE_CUDA"), *kernels]
+        home = TOOLS.cuda.home
+        runtime = [
+            f"-L{home}/{name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / name).is_dir()
+        ]
+        # The runtime is linked statically and hidden, so that no other version of it has to be there, or is met.
+        more = [*runtime, "-Wl,--exclude-libs,ALL", "-lcudart_static -lpthread -ldl -lrt"]
+        ninja.edge("link", target, objects, torch, libraries=" ".join([f"-L{folder} -ltorch_cpu -ltorch_cuda", *more]))
+
     def link_cpu(self, ninja: Ninja, target: Path, dispatch: Path) -> None:
         torch = ninja.edge("stand_in", ninja.folder / "libtorch_cpu.so", [], name="libtorch_cpu.so")
-        stable = f"-isystem {TOOLS.torch}/include -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION={TARGET_VERSION}"
-        operators = [ninja.compile(source, stable) for source in sorted((SOURCES / "ops_cpu").glob("*.cpp"))]
+        operators = self.operators(ninja, "ops_cpu")
         kernels = [source for source in sorted((SOURCES / "cpu").glob("*.cpp")) if source.stem != "dispatch"]
         objects = [*operators, dispatch, *ninja.compile_for_each_instruction_set(kernels)]
         ninja.edge("link", target, objects, (torch,), libraries=f"-L{ninja.folder} -ltorch_cpu")
@@ -271,11 +373,17 @@ class Wheel(bdist_wheel):
         return ("py3", "none", tag[2]) if TOOLS else tag
 
 
+def switch(name: str) -> str:
+    """An environment variable that is 0, 1 or unset."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"[mlot] {name} must be 0, 1 or unset, got {value!r}")
+    return value
+
+
 def decide() -> tuple[Tools | None, str]:
     """The tools, or None and why there is no native build."""
-    wanted = os.environ.get("MLOT_NATIVE", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"[mlot] MLOT_NATIVE must be 0, 1 or unset, got {wanted!r}")
+    wanted = switch("MLOT_NATIVE")
     if wanted == "0":
         return None, "it was installed with MLOT_NATIVE=0"
     try:
@@ -290,9 +398,11 @@ TOOLS, WHY_NOT = decide()
 PROBE = TOOLS is not None and os.environ.get("MLOT_PROBE") == "1"
 if TOOLS:
     say(f"native parts: torch {TOOLS.torch_version}, {TOOLS.compiler}, {', '.join(INSTRUCTION_SETS)}")
+    say(f"CUDA kernels: {TOOLS.cuda or f'none, {TOOLS.why_no_cuda}'}")
 else:
     say(f"the Python parts alone, which compute everything in plain torch: {WHY_NOT}")
-extensions = ["_cpu"] * (TOOLS is not None) + ["_probe"] * PROBE
+CUDA = TOOLS is not None and TOOLS.cuda is not None
+extensions = ["_cpu"] * (TOOLS is not None) + ["_cuda"] * CUDA + ["_probe"] * PROBE
 setup(
     ext_modules=[Extension(f"{PACKAGE}.{name}", []) for name in extensions],
     cmdclass={"build_ext": Build, "build_py": Python, "bdist_wheel": Wheel},

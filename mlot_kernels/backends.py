@@ -29,6 +29,7 @@ PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference
 # Read once, at import, and plain globals: torch.compile can trace neither find_spec nor a ContextVar.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_CUDA_ON_HOST = "MLOT_CUDA_ON_HOST" in os.environ  # of the tests; see native.load_cuda
 _environment: str | None = os.environ.get("MLOT_BACKEND") or None
 _overrides: list[list[str]] = []  # one-element lists, so that each block finds its own; the last one holds
 _explaining: int | None = None  # the thread that explains
@@ -187,7 +188,7 @@ def _refusal(
             return "triton is not installed; pip install 'mlot-kernels[triton]'"
         if device.type != "cuda" and not _INTERPRETED:
             return f"the tensors are on {device.type}, it needs cuda"
-    if name in ("cpu", "cuda") and device.type != name:
+    if name in ("cpu", "cuda") and device.type != ("cpu" if _CUDA_ON_HOST else name):
         return f"the tensors are on {device.type}, it needs {name}"
     refuses = getattr(implementations[name], "refuses", None)
     return refuses(*arguments) if refuses is not None else None

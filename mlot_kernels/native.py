@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 
 import torch
 
-from mlot_kernels.backends import refusing
+from mlot_kernels.backends import BackendUnavailable, refusing
 
 FOLDER = Path(__file__).parent
+NEEDS = {  # what building a library needs, and the switch that insists on it
+    "cpu": ("g++, ninja and torch", "MLOT_NATIVE"),
+    "cuda": ("nvcc, g++, ninja and torch", "MLOT_CUDA"),
+}
 
 
 def load(library: str, folder: Path = FOLDER) -> str | None:
@@ -24,9 +29,10 @@ def load(library: str, folder: Path = FOLDER) -> str | None:
     """
     path = folder / f"_{library}.so"
     if not path.exists():
+        why, what, switch = _why_it_was_not_built(library, folder), *NEEDS[library]
         return (
-            f"this installation has no native library: {_why_it_was_not_built(folder)}; "
-            "with g++, ninja and torch in place, install mlot-kernels again with MLOT_NATIVE=1"
+            f"this installation has no native library: {why}; "
+            f"with {what} in place, install mlot-kernels again with {switch}=1"
         )
     try:
         torch.ops.load_library(str(path))
@@ -37,14 +43,27 @@ def load(library: str, folder: Path = FOLDER) -> str | None:
     return None
 
 
-def _why_it_was_not_built(folder: Path) -> str:
-    facts = folder / "_build.json"
-    if not facts.exists():
+def _why_it_was_not_built(library: str, folder: Path) -> str:
+    path = folder / "_build.json"
+    if not path.exists():
         return "it was never built"
-    return str(json.loads(facts.read_text()).get("missing") or "it was removed after the build")
+    facts = json.loads(path.read_text())
+    return str(facts.get("missing") or facts.get(f"missing_{library}") or "it was removed after the build")
 
 
-MISSING = {"cpu": load("cpu")}  # library -> why it cannot be used; None where it can
+def load_cuda(folder: Path = FOLDER) -> str | None:
+    """Load ``_cuda.so`` where torch has CUDA; elsewhere it is not touched. Returns what ``load`` does.
+
+    For tests ``MLOT_CUDA_ON_HOST`` names a folder whose ``_cuda.so`` runs the kernels' threads on the CPU.
+    """
+    if on_host := os.environ.get("MLOT_CUDA_ON_HOST"):
+        return load("cuda", Path(on_host))
+    if torch.version.cuda is None:
+        return "this torch has no CUDA; install one that has, and mlot-kernels again beside it"
+    return load("cuda", folder)
+
+
+MISSING = {"cpu": load("cpu"), "cuda": load_cuda()}  # library -> why it cannot be used; None where it can
 
 
 def native(library: str, name: str) -> Callable[..., Any]:
@@ -60,5 +79,8 @@ def native(library: str, name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         return operator()(*arguments)
 
+    def unavailable(*_: Any) -> Any:
+        raise BackendUnavailable(f"{name}: backend '{library}': {missing}")
+
     missing = MISSING[library]
-    return call if missing is None else refusing(call, lambda *_: missing)
+    return call if missing is None else refusing(unavailable, lambda *_: missing)

@@ -17,6 +17,7 @@ FULL = os.environ.get("MLOT_TEST_FULL") == "1"
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # as in the process that tests/triton/test_interpreter.py starts
+CUDA_ON_HOST = "MLOT_CUDA_ON_HOST" in os.environ  # as in the processes of tests/native/test_cuda_on_host.py
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would only wait for one another
@@ -47,7 +48,12 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 
 def backends_of(operator: str) -> list[str]:
     """Those that take tensors of the CPU in this process; for the tests of an operator's own."""
-    there = {"reference": True, "cpu": native.MISSING["cpu"] is None, "triton": INTERPRETED}
+    there = {
+        "reference": True,
+        "cpu": native.MISSING["cpu"] is None,
+        "triton": INTERPRETED,
+        "cuda": CUDA_ON_HOST,
+    }
     return [name for name in OPERATORS[operator].forward if there.get(name)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlot_kernels
-from mlot_kernels import BackendUnavailable, backends, explain, row_entropy, use_backend, verified
+from mlot_kernels import BackendUnavailable, backends, explain, native, row_entropy, use_backend, verified
 from mlot_kernels.registry import OPERATORS
 
 X = torch.randn(2, 7)
@@ -43,6 +43,13 @@ def test_the_environment_names_a_backend():
     assert "MLOT_BACKEND must be one of reference, cpu" in run_python(code, MLOT_BACKEND="gpu").stderr
 
 
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """row_entropy has no backend cuda."""
+    monkeypatch.delitem(OPERATORS["row_entropy"].forward, "cuda")
+
+
+@pytest.mark.usefixtures("without_cuda")
 def test_strongest_first():
     with use_backend("cuda"):
         with pytest.raises(BackendUnavailable, match="row_entropy: backend 'cuda': not implemented"):
@@ -62,6 +69,7 @@ def test_unknown_names_are_refused():
         row_entropy(X, backend="fast")
 
 
+@pytest.mark.usefixtures("without_cuda")
 def test_explain_says_what_would_run_and_why_not():
     said = explain(row_entropy, X)
     assert said.chosen == next(name for name in backends.PREFERENCE[X.device.type] if said.refusals[name] is None)
@@ -176,6 +184,7 @@ def test_a_kernel_that_cannot_run_the_call_is_not_blamed_on_verification(on_gpu)
         backends.resolve("row_entropy", kernels, (on_gpu,))
 
 
+@pytest.mark.usefixtures("without_cuda")
 def test_explain_tells_what_is_not_chosen_from_what_cannot_run(on_gpu, monkeypatch):
     monkeypatch.setitem(OPERATORS["row_entropy"].forward, "triton", len)
     said = explain(row_entropy, on_gpu)
@@ -212,6 +221,13 @@ def test_the_choice_on_a_gpu_is_traced(on_gpu, monkeypatch, verified_there):
     assert chosen == ["triton" if verified_there else "reference"]
 
 
+@pytest.mark.skipif(native.MISSING["cuda"] is None, reason="the library is here")
+def test_raw_ops_name_a_missing_library():
+    with pytest.raises(BackendUnavailable, match="row_entropy_forward: backend 'cuda': this torch has no CUDA"):
+        torch.ops.mlot.row_entropy_forward(X[None], torch.zeros(1, 2).long(), None, None, 1.0, False, 7, "cuda")
+
+
+@pytest.mark.usefixtures("without_cuda")
 def test_raw_ops_name_a_missing_backend():
     with pytest.raises(BackendUnavailable, match="mlot::row_entropy_forward: no backend 'cuda'"):
         torch.ops.mlot.row_entropy_forward(X[None], torch.zeros(1, 2).long(), None, None, 1.0, False, 7, "cuda")

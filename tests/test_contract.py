@@ -12,17 +12,18 @@ from mlot_kernels import native
 from mlot_kernels.cases import Case
 from mlot_kernels.registry import OPERATORS, Operator
 from tests import contract
-from tests.conftest import DEVICE, FULL
+from tests.conftest import CUDA_ON_HOST, DEVICE, FULL, INTERPRETED
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def runs_here(backend: str) -> bool:
     if backend == "triton":
         return DEVICE == "cuda" or INTERPRETED
-    if backend == "cpu" and native.MISSING["cpu"]:
+    if native.MISSING.get(backend):
         return False
+    if backend == "cuda" and CUDA_ON_HOST:
+        return True
     return backend == "reference" or backend == DEVICE
 
 

@@ -1,11 +1,7 @@
-// What the operators' doors to torch share. Arguments are checked in Python, where messages can name them; what stands
-// here are last guards for callers of torch.ops.
+// What the operators' doors to torch share on a CPU.
 #pragma once
 
 #include <sys/mman.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <cstdint>
@@ -16,37 +12,9 @@
 
 #include "mlot/cpu/dispatch.h"
 #include "mlot/cpu/logits.h"
+#include "mlot/torch/tensors.h"
 
 namespace mlot {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Where a kernel of this dtype stands in the tables: float32, bfloat16, float16, float64.
-inline int dtype_index(const Tensor& values) {
-  switch (values.scalar_type()) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::BFloat16:
-      return 1;
-    case ScalarType::Half:
-      return 2;
-    case ScalarType::Double:
-      return 3;
-    default:
-      STD_TORCH_CHECK(false, "values must be float32, bfloat16, float16 or float64");
-  }
-}
-
-// The dtype of sums over `values` and of a row's scalars.
-inline ScalarType accumulator(const Tensor& values) {
-  return values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The wider of two sides', for what is summed over both.
-inline ScalarType accumulator(const Tensor& one, const Tensor& other) {
-  return accumulator(one) == ScalarType::Double ? ScalarType::Double : accumulator(other);
-}
 
 // Asks for huge pages under a large fresh output, whose page faults cost several times its writes. Only a hint: where
 // it fails, nothing changes but the time.
@@ -78,42 +46,15 @@ inline Parallel threads() {
   };
 }
 
-// `tensor` itself or a contiguous copy. For the small tensors, such as [B, A]; never for logits.
-inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-
-// `tensor` in `dtype` and contiguous: a row's scalars, whatever the caller keeps them in.
-inline Tensor dense(const Tensor& tensor, ScalarType dtype) { return dense(torch::stable::to(tensor, dtype)); }
-
-// A [B, A] tensor, or none, in the dtype of the row's scalars.
-inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType dtype) {
-  return tensor ? std::optional(dense(*tensor, dtype)) : std::nullopt;
-}
-
-// What a row operator's arguments become. Holds the contiguous copies that `rows` points into; `index` and the others
-// are [B, A], and small.
-struct LogitsArguments {
-  Tensor index;
-  std::optional<Tensor> column_mask, log_scale;
+// What a row operator's arguments become. Holds the contiguous copies that `rows` points into.
+struct LogitsArguments : LogitsTensors {
   std::vector<double> temperatures;
   LogitsRows rows;
 
   LogitsArguments(const Tensor& values, const Tensor& index_, const std::optional<Tensor>& column_mask_,
                   const std::optional<Tensor>& log_scale_, std::vector<double> temperatures_, bool standardize,
                   int64_t vocab_size)
-      : index(dense(index_)),
-        log_scale(dense(log_scale_, accumulator(values))),
-        temperatures(std::move(temperatures_)) {
-    STD_TORCH_CHECK(values.dim() == 3, "values must be [B, T, V]");
-    STD_TORCH_CHECK(values.size(2) <= 1 || values.stride(2) == 1, "the last dimension of values must be contiguous");
-    STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= values.size(2), "vocab_size must be in 1..V");
-    STD_TORCH_CHECK(index.dim() == 2 && index.size(0) == values.size(0), "index must be [B, A]");
-    STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index must be int64");
-    if (column_mask_) {
-      column_mask = dense(*column_mask_);
-      STD_TORCH_CHECK(column_mask->scalar_type() == ScalarType::Bool, "column_mask must be bool");
-      STD_TORCH_CHECK(column_mask->dim() == 1 && column_mask->size(0) == values.size(2), "column_mask must be [V]");
-    }
-    STD_TORCH_CHECK(!log_scale || log_scale->numel() == index.numel(), "log_scale must be [B, A]");
+      : LogitsTensors(values, index_, column_mask_, log_scale_, vocab_size), temperatures(std::move(temperatures_)) {
     STD_TORCH_CHECK(!temperatures.empty(), "temperatures must have at least one");
     const auto* positions = static_cast<const int64_t*>(index.const_data_ptr());
     for (int64_t slot = 0; slot < index.numel(); ++slot) {

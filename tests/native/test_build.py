@@ -74,6 +74,43 @@ def test_a_wrong_switch_is_an_error(tree):
     assert "MLOT_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr
 
 
+@pytest.fixture
+def old_toolkit(tmp_path):
+    nvcc = tmp_path / "old/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
+    nvcc.chmod(0o755)
+    return nvcc.parents[1]
+
+
+def test_without_nvcc_there_are_no_cuda_kernels(tree):
+    done = setup(tree, "--version", CUDA_HOME="/nonexistent")
+    assert done.returncode == 0
+    assert "[mlot] CUDA kernels: none, there is no nvcc: CUDA_HOME=/nonexistent has none; install" in done.stderr
+    done = setup(tree, "--version", CUDA_HOME="/nonexistent", MLOT_CUDA="1")
+    assert done.returncode != 0
+    assert "[mlot] MLOT_CUDA=1, and the CUDA kernels cannot be built: there is no nvcc" in done.stderr
+
+
+def test_an_nvcc_that_is_too_old_is_refused_by_name(tree, old_toolkit):
+    done = setup(tree, "--version", CUDA_HOME=str(old_toolkit), MLOT_CUDA="1")
+    assert done.returncode != 0
+    assert f"{old_toolkit}/bin/nvcc is CUDA 12.4; the kernels need 12.8 or newer" in done.stderr
+
+
+def test_cuda_kernels_are_left_out_on_request(tree):
+    assert "CUDA kernels: none, it was built with MLOT_CUDA=0" in setup(tree, "--version", MLOT_CUDA="0").stderr
+
+
+def test_why_a_library_is_missing_is_kept(tmp_path):
+    (tmp_path / "_build.json").write_text(json.dumps({"missing_cuda": "there is no nvcc"}))
+    said = native.load("cuda", tmp_path)
+    assert (
+        "there is no nvcc; with nvcc, g++, ninja and torch in place, install mlot-kernels again with MLOT_CUDA=1"
+        in said
+    )
+
+
 def test_an_older_torch_is_refused_by_name(tree, tmp_path):
     (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
     done = setup(tree, "--version", MLOT_TORCH_DIR=str(tmp_path), MLOT_NATIVE="1")
@@ -112,7 +149,8 @@ def test_the_source_distribution_can_be_built(tree):
     (archive,) = (tree / "dist").iterdir()
     with zipfile.ZipFile(archive) as files:
         names = {name.partition("/")[2] for name in files.namelist()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")}
+    files = (ROOT / "csrc").rglob("*")
+    sources = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".cpp", ".cu", ".h")}
     assert sources < names
     assert "setup.py" in names
     assert "mlot_kernels/_build.json" not in names

@@ -23,11 +23,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "row_entropy_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": native("cuda", "row_entropy_forward"),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "row_entropy_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "row_entropy_backward"),
 }
 
 

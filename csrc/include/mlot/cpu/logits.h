@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "mlot/scalars.h"
+
 namespace mlot {
 
 // Runs body(first, last) over parts of [0, n) of at least `grain` each, on several threads; returns when all are done.
@@ -35,12 +37,5 @@ static inline const T* row_of(const LogitsRows& rows, int64_t slot) {
   if (position < 0) return nullptr;
   return static_cast<const T*>(rows.values) + slot / rows.slots * rows.batch_stride + position * rows.row_stride;
 }
-
-// The row scalars that forward leaves for backward: [B, A] of the accumulator's type; the two in front [R, B, A] for R
-// temperatures.
-template <class Pointer>
-struct SavedScalars {
-  Pointer log_total, expected, peak, mean, scale, slope;
-};
 
 }  // namespace mlot

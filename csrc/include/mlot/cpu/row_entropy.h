@@ -5,12 +5,6 @@
 
 namespace mlot {
 
-// What forward makes and backward needs: [B, A] each, in the accumulator's dtype; 0 beyond the counted rows.
-template <class Pointer>
-struct RowEntropyScalars {
-  Pointer entropy, mass, peak, log_total, mean, scale, slope, moment;
-};
-
 struct RowEntropyForward {
   LogitsRows rows;  // of one temperature
   RowEntropyScalars<void*> made;

@@ -1,0 +1,116 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: registers, spills and shared memory, and what the library needs.
+
+nvcc comes from CUDA_HOME, PATH or the extra cuda-build. Without it these tests are skipped; with MLOT_TEST_CUDA=1 they
+fail instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import FULL
+from tests.native import on_host
+
+ROOT = on_host.ROOT
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = ["90"] + ["80", "100", "120"] * FULL
+REGISTERS = 128
+SHARED_BYTES = 48 << 10  # static: kernels take theirs at the launch
+
+
+@functools.cache
+def toolkit():
+    """As setup.py finds it."""
+    if not (ROOT / "setup.py").exists():
+        return None, "these are no sources that can be built"
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_toolkit().home)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return Path(done.stdout.split()[-1]), None
+    return None, done.stderr.strip().splitlines()[-1].removeprefix("setup.Missing: ")
+
+
+@pytest.fixture
+def nvcc():
+    home, reason = toolkit()
+    if home is None:
+        assert os.environ.get("MLOT_TEST_CUDA") != "1", reason
+        pytest.skip(reason)
+    return home / "bin/nvcc"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_kernels_keep_their_budget(source, architecture, nvcc, tmp_path):
+    command = [
+        str(nvcc),
+        "-std=c++17",
+        "-O3",
+        f"-arch=sm_{architecture}",
+        f"-I{ROOT}/csrc/include",
+        "-Xptxas=-v",
+        "-cubin",
+    ]
+    said = on_host.run([*command, str(source), "-o", str(tmp_path / "kernels.cubin")])
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)",
+        said,
+        re.DOTALL,
+    )
+    assert len(kernels) == said.count("Compiling entry function") > 0
+    for name, stack, stores, loads, registers, rest in kernels:
+        shared = sum(int(size) for size in re.findall(r"(\d+) bytes smem", rest))
+        print(f"sm_{architecture} {name}: {registers} registers, {shared} bytes of shared memory")
+        assert stack == stores == loads == "0", name
+        assert int(registers) <= REGISTERS, name
+        assert shared <= SHARED_BYTES, name
+
+
+def test_the_library_needs_torchs_stable_abi_alone():
+    library = ROOT / "mlot_kernels/_cuda.so"
+    if not library.exists():
+        assert os.environ.get("MLOT_TEST_CUDA") != "1", f"{library} was not built"
+        pytest.skip("this installation has no _cuda.so; install mlot-kernels with MLOT_CUDA=1")
+    needed = on_host.run(["readelf", "-d", str(library)])
+    assert set(re.findall(r"NEEDED.*\[(.+)\]", needed)) <= {
+        "libtorch_cpu.so",
+        "libtorch_cuda.so",
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libm.so.6",
+        "libc.so.6",
+        "ld-linux-x86-64.so.2",
+    }
+    assert "RUNPATH" not in needed
+    undefined = on_host.run(["nm", "-D", "--undefined-only", str(library)])
+    names = set(re.findall(r"^\s+[Uw] (\w+)$", undefined, re.MULTILINE)) - {
+        "__gmon_start__",
+        "_ITM_registerTMCloneTable",
+        "_ITM_deregisterTMCloneTable",
+    }
+    folder = Path(importlib.util.find_spec("torch").origin).parent / "include/torch/csrc"
+    declared = "".join((folder / header).read_text() for header in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h"))
+    assert names
+    assert {name for name in names if not re.search(rf"\b{name}\b", declared) and "dtype" not in name} == set()
+
+
+def test_the_library_is_not_loaded_where_torch_has_no_cuda():
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    code = (
+        "import mlot_kernels.native as n; assert 'this torch has no CUDA' in n.MISSING['cuda'], n.MISSING; "
+        "assert '_cuda.so' not in open('/proc/self/maps').read()"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name != "MLOT_CUDA_ON_HOST"}
+    done = subprocess.run([sys.executable, "-c", code], env=inherited, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,71 @@
+"""The CUDA kernels' values without a GPU: the contract's promises, with every thread of a kernel a fiber on the CPU.
+
+Blocks and clusters are small there, and between two barriers threads run in an order that is chosen: a result that
+depends on it lacks a barrier.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlot_kernels.registry import OPERATORS
+from tests.conftest import FULL
+from tests.native import on_host
+
+REASON = on_host.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+ASCENDING, DESCENDING, SHUFFLED = range(3)
+SHAPES = [(64, 1, SHUFFLED), (64, 8, SHUFFLED)]  # threads of a block, blocks of a cluster, order
+if FULL:
+    SHAPES = [(t, c, order) for t in (32, 128) for c in (1, 2, 8) for order in (ASCENDING, DESCENDING, SHUFFLED)]
+
+QUICK = "fidelity and not many and (float32 or float64 or ((bfloat16 or float16) and (odd or every)))"
+ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or threads"
+
+
+def environment(threads, cluster, order):
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
+        "MLOT_CUDA_ON_HOST": str(on_host.build()),
+        "MLOT_ON_HOST_THREADS": str(threads),
+        "MLOT_ON_HOST_CLUSTER": str(cluster),
+        "MLOT_ON_HOST_ORDER": str(order),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.mark.parametrize(("threads", "cluster", "order"), SHAPES)
+@pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "cuda" in op.forward])
+def test_operators_on_the_host(operator, threads, cluster, order):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_contract.py",
+            f"-k={operator}-cuda and ({ALL if FULL else QUICK})",
+            "-pno:cacheprovider",
+            "-pno:xdist",
+            "--color=no",
+        ],
+        env=environment(threads, cluster, order),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout, done.stdout[-500:]
+    assert "skipped" not in done.stdout, done.stdout[-500:]
+
+
+@pytest.mark.parametrize(("flags", "says"), [([], "ok"), (["-DDROP_A_BARRIER"], "WRONG")], ids=["whole", "no barrier"])
+def test_a_missing_barrier_shows(flags, says, tmp_path):
+    source, program = on_host.HEADERS / "cuda_on_host_example.cu", tmp_path / "example"
+    on_host.run([on_host.COMPILER, "-std=c++20", "-O1", *flags, "-x", "c++", str(source), "-o", str(program)])
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == says
+    assert (done.returncode == 0) == (says == "ok")
