@@ -2,13 +2,12 @@
 #include "mlot/cuda/row_entropy.h"
 
 #include "mlot/cuda/launch.h"
-#include "mlot/cuda/rows.h"
+#include "mlot/cuda/row_statistics.h"
 
 namespace mlot::cuda {
 namespace {
 
-constexpr int kBatch = 2;           // vectors that a thread reads before it uses them
-constexpr double kSmallest = -1e4;  // of t: 2^t is 0, and 2^t t is still a number
+constexpr int kBatch = 2;  // vectors that a thread reads before it uses them
 
 // Sums over columns of 2^t, 2^t u and 2^t u^2, with t = (x - peak) factor and u = t - center: of all columns, and of
 // those that are looked at.
@@ -36,14 +35,7 @@ template <class T, bool kMasked, class A = Accumulator<T>>
 __device__ EntropySums<A> sums_of(const T* row, const LogitsRows& rows, A factor, A center) {
   EntropySums<A> sums;
   for_vectors<kBatch>(row, rows.vocab_size, [&](int64_t start, int64_t step, const A(&x)[kBatch][kLanes<T>]) {
-    A highest = sums.peak;
-#pragma unroll
-    for (const auto& vector : x) {
-#pragma unroll
-      for (A value : vector) highest = larger(highest, value);
-    }
-    if (highest > sums.peak) sums.raise(highest, factor);
-    const A below = sums.peak == A(-INFINITY) ? A(0) : sums.peak;  // -inf so far, whose 2^t is 0; or NaN, which shows
+    const A below = raise_to(sums, x, factor);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
@@ -121,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3) forward(RowE
 }
 
 // Owns a stretch of one row's gradient: reads its logits once, writes it once; zeros where the row does not count and
-// behind the distribution's columns. The block of a row's first stretch writes its log scale's gradient.
+// behind the distribution's columns.
 template <class T, bool kMasked, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads) backward(RowEntropyBackward call, int64_t stretches) {
   const LogitsRows& rows = call.rows;
@@ -188,8 +180,7 @@ void launch_backward(const RowEntropyBackward& call, void* stream) {
   using A = Accumulator<T>;
   const unsigned threads = threads_of_a_block(kThreads);
   write_slots(call.rows, call.slot_of, stream);
-  const int64_t step = int64_t(threads) * kBatch * kLanes<T>;
-  const int64_t stretches = (call.rows.width + kLanes<T> - 1 + step - 1) / step;  // a row may start past alignment
+  const int64_t stretches = stretches_of(call.rows.width, kLanes<T>, kBatch);
   launch(call.rows.column_mask ? backward<T, true> : backward<T, false>,
          Shape{call.rows.all_positions() * stretches, threads, 1, 0}, stream, call, stretches);
   launch(backward_of_log_scale<A>, Shape{(call.rows.all_slots() + threads - 1) / threads, threads, 1, 0}, stream, call);

@@ -3,7 +3,6 @@
 
 #include <sys/mman.h>
 
-#include <array>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -78,13 +77,5 @@ struct LogitsArguments : LogitsTensors {
 
   LogitsArguments(const LogitsArguments&) = delete;  // `rows` points into its members
 };
-
-// The six saved scalars, dense in the accumulator's dtype.
-using SavedTensors = std::array<Tensor, 6>;
-
-inline SavedScalars<const void*> pointers(const SavedTensors& saved) {
-  const auto at = [&](int i) { return saved[i].const_data_ptr(); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5)};
-}
 
 }  // namespace mlot

@@ -25,11 +25,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "token_log_probability_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": native("cuda", "token_log_probability_forward"),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "token_log_probability_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "token_log_probability_backward"),
 }
 
 

@@ -88,4 +88,10 @@ inline RowShape shape_of_row(int64_t columns, int lanes) {
 #endif
 }
 
+// How many blocks of `batch` vectors for each thread a row of a gradient takes, wherever it starts.
+inline int64_t stretches_of(int64_t columns, int lanes, int batch) {
+  const int64_t each = int64_t(threads_of_a_block(kThreads)) * batch * lanes;
+  return (columns + lanes - 1 + each - 1) / each;
+}
+
 }  // namespace mlot::cuda

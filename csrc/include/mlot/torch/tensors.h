@@ -6,8 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
+
+#include "mlot/scalars.h"
 
 namespace mlot {
 
@@ -72,5 +75,13 @@ struct LogitsTensors {
     STD_TORCH_CHECK(!log_scale || log_scale->numel() == index.numel(), "log_scale must be [B, A]");
   }
 };
+
+// The six saved scalars, dense in the accumulator's dtype.
+using SavedTensors = std::array<Tensor, 6>;
+
+inline SavedScalars<const void*> pointers(const SavedTensors& saved) {
+  const auto at = [&](int i) { return saved[i].const_data_ptr(); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
+}
 
 }  // namespace mlot
