@@ -211,8 +211,9 @@ def statistics(
     B, A = index.shape
     R = len(temperatures)
     wide = accumulator(values.dtype)
-    peak, mean, scale, slope = values.new_empty(4, B, A, dtype=wide).unbind()
-    log_total, expected = values.new_empty(2, R, B, A, dtype=wide).unbind()
+    # Each its own memory: an operator's outputs must not be views of one tensor.
+    peak, mean, scale, slope = (values.new_empty(B, A, dtype=wide) for _ in range(4))
+    log_total, expected = (values.new_empty(R, B, A, dtype=wide) for _ in range(2))
     if B * A:
         wide_r = triton.next_power_of_2(R)
         launch = launch_options("rows.statistics", values.device)

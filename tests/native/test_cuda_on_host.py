@@ -25,7 +25,7 @@ if FULL:
     SHAPES = [(t, c, order) for t in (32, 128) for c in (1, 2, 8) for order in (ASCENDING, DESCENDING, SHUFFLED)]
 
 QUICK = "fidelity and not many and (float32 or float64 or ((bfloat16 or float16) and (odd or every)))"
-ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or threads"
+ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
 
 
 def environment(threads, cluster, order):

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda", reason="where there is a GPU, the contract's tests run the kernels on it"
 )
 
-# Every program is a Python loop here, and takes milliseconds: the quick run has values alone, without float64 and many
-# rows, and in 16 bits of the two cases with most in them. `make test-full` has all.
-QUICK = "fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every)))"
-ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes"
+# Every program is a Python loop here, and takes milliseconds: the quick run has torch's own checks and values, without
+# float64 and many rows, and in 16 bits of the two cases with most in them. `make test-full` has all.
+QUICK = "opcheck or (fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every))))"
+ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
 
 # What `tune` does, but for the clock: every candidate of every kernel gives the default's results.
 TUNE = """

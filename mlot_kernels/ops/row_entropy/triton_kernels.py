@@ -187,7 +187,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     B, A = index.shape
     wide = accumulator(values.dtype)
-    outputs = values.new_empty(8, B, A, dtype=wide).unbind()
+    outputs = tuple(values.new_empty(B, A, dtype=wide) for _ in range(8))
     if B * A:
         _forward[(B * A,)](
             values,
