@@ -1,13 +1,21 @@
 import pytest
 import torch
 
-from mlot_kernels import native, sinkhorn
+from mlot_kernels import BackendUnavailable, sinkhorn
 from mlot_kernels.ops.sinkhorn import reference
 from mlot_kernels.transport import DOMAINS
+from tests.conftest import INTERPRETED, backends_of
 from tests.properties import given, st
 
-needs_cpu = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
-by_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+BACKENDS = backends_of("sinkhorn")
+KERNELS = [name for name in BACKENDS if name != "reference"]
+IMPLICIT = [name for name in BACKENDS if name != "triton"]  # which refuses it: test_triton_refuses_...
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_kernels = pytest.mark.parametrize("backend", KERNELS)
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
+of_triton = pytest.mark.skipif(
+    not INTERPRETED, reason="Triton's alone: tests/triton/test_interpreter.py runs it where Triton interprets"
+)
 
 
 def published_loop(cost: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
@@ -73,12 +81,44 @@ def test_log_and_scaling_domains_agree_at_any_epsilon(backend, dtype, epsilon, f
     _agrees_with_the_definition(_costs(family), dtype, epsilon, 40, backend)
 
 
-@needs_cpu
+@by_kernels
 @by_epsilon
 @by_family
-def test_cpu_agrees_after_hundreds_of_steps(epsilon, family):
+def test_kernels_agree_after_hundreds_of_steps(backend, epsilon, family):
     for dtype in (torch.float64, torch.float32):
-        _agrees_with_the_definition(_costs(family)[:1], dtype, epsilon, 400, "cpu")
+        _agrees_with_the_definition(_costs(family)[:1], dtype, epsilon, 400, backend)
+
+
+by_form = pytest.mark.parametrize(
+    "form",
+    [{"one_slab": 2**20}, {}, {"widest": 8}],
+    ids=["all steps a launch", "tiles of whole rows", "tiles of a slab's rows"],
+)
+
+
+@of_triton
+@by_form
+@pytest.mark.parametrize("epsilon", [1e-4, 1e-2, 1.0])
+@by_family
+def test_triton_streams_problems_at_any_epsilon(form, epsilon, family, streamed):
+    streamed(**form)
+    for dtype in (torch.float64, torch.float32):
+        _agrees_with_the_definition(_costs(family)[:1], dtype, epsilon, 40, "triton")
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Makes the Triton kernels stream problems of any size."""
+
+    def limit(widest=1024, one_slab=0):
+        from mlot_kernels import triton_transport_resident, triton_transport_slabs
+
+        for name in ("ELEMENTS", "LONG_ELEMENTS"):
+            monkeypatch.setattr(triton_transport_resident, name, 0)
+        monkeypatch.setattr(triton_transport_slabs, "WIDEST", widest)
+        monkeypatch.setattr(triton_transport_slabs, "ONE_SLAB", one_slab)
+
+    return limit
 
 
 def _costs(family: str) -> torch.Tensor:
@@ -158,14 +198,40 @@ def test_each_problem_stops_by_itself(backend, domain):
         torch.testing.assert_close(leaf.grad, exact.grad)
 
 
+@of_triton
+@by_form
+def test_triton_stops_each_streamed_problem_by_itself(form, streamed):
+    streamed(**form)
+    cost = torch.rand(3, 40, 130, dtype=torch.float64) * torch.tensor([0.01, 1.0, 3.0])[:, None, None]
+    cost[0] = 0.5
+    options = {"iterations": 12, "tolerance": 3e-2, "row_lengths": torch.tensor([40, 38, 2]), "return_plan": True}
+    found = []
+    for backend in ("triton", "reference"):
+        leaf = cost.clone().requires_grad_()
+        solved = sinkhorn(leaf, backend=backend, **options)
+        (solved.cost.sum() - solved.regularized_cost.sum() + solved.plan.square().sum()).backward()
+        found.append([*(x.detach() for x in solved), leaf.grad])
+    assert found[0][5].tolist() == found[1][5].tolist()
+    assert found[0][5][0] == 1 < found[0][5][1] < 12
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@of_triton
+def test_triton_refuses_the_implicit_gradient():
+    with pytest.raises(BackendUnavailable, match=r"sinkhorn: backend 'triton': it has no gradient='implicit'; pass"):
+        sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend="triton")
+
+
 @by_backend
 def test_without_tolerance_every_step_is_taken(backend):
     assert sinkhorn(torch.zeros(2, 3, 3), iterations=7, backend=backend).iterations.tolist() == [7, 7]
     assert sinkhorn(torch.zeros(2, 3, 3), iterations=7, tolerance=1e-9, backend=backend).iterations.tolist() == [1, 1]
 
 
-@by_backend
-@pytest.mark.parametrize("gradient", ["envelope", "implicit"])
+@pytest.mark.parametrize(
+    ("gradient", "backend"), [*(("envelope", name) for name in BACKENDS), *(("implicit", name) for name in IMPLICIT)]
+)
 def test_other_gradients_are_exact_in_the_limit(backend, gradient):
     cost = torch.rand(2, 5, 6, dtype=torch.float64)
     weight = torch.rand(2, 6, dtype=torch.float64)
@@ -184,7 +250,7 @@ def test_other_gradients_are_exact_in_the_limit(backend, gradient):
         assert not sinkhorn(leaf, gradient="envelope", backend=backend).cost.requires_grad
 
 
-@by_backend
+@pytest.mark.parametrize("backend", IMPLICIT)
 def test_implicit_gradients_allow_ragged_problems(backend):
     cost = torch.rand(2, 5, 6, dtype=torch.float64)
     lengths = {"row_lengths": torch.tensor([3, 0]), "column_lengths": torch.tensor([4, 6])}
@@ -281,7 +347,7 @@ def _weighted_problem(B, M, N):
     return cost, marginals, torch.rand(B, N, dtype=torch.float64)
 
 
-@needs_cpu
+@by_kernels
 @pytest.mark.parametrize("domain", ["log", "scaling"])
 @pytest.mark.parametrize(
     ("M", "N", "epsilon"),
@@ -292,23 +358,23 @@ def _weighted_problem(B, M, N):
         pytest.param(70, 9, 2e-4, id="many segments"),
     ],
 )
-def test_cpu_equals_the_reference_beyond_the_size_of_cases(domain, M, N, epsilon):
+def test_kernels_equal_the_reference_beyond_the_size_of_cases(backend, domain, M, N, epsilon):
     problem = _weighted_problem(2, M, N)
     problem[0][:, :, 3] += 3
     options = {"epsilon": epsilon, "iterations": 60, "domain": domain}
-    ours, truth = (_everything(backend, *problem, **options) for backend in ("cpu", "reference"))
+    ours, truth = (_everything(backend, *problem, **options) for backend in (backend, "reference"))
     for x, y in zip(ours, truth, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10 * max(1.0, 4 / epsilon) * float(y.abs().max()))
 
 
-@needs_cpu
-def test_cpu_keeps_marginal_gradients_through_hundreds_of_steps():
+@by_kernels
+def test_kernels_keep_marginal_gradients_through_hundreds_of_steps(backend):
     problem = _weighted_problem(1, 24, 17)
     single = [problem[0].float(), [m.float() for m in problem[1]], problem[2].float()]
     exact = [single[0].double(), [m.double() for m in single[1]], single[2].double()]
     for domain in ("log", "scaling"):
         options = {"epsilon": 1.0, "iterations": 400, "domain": domain}
-        ours, truth = _everything("cpu", *single, **options), _everything("reference", *exact, **options)
+        ours, truth = _everything(backend, *single, **options), _everything("reference", *exact, **options)
         for x, y in zip(ours[-3:], truth[-3:], strict=True):
             torch.testing.assert_close(x.double(), y, rtol=0, atol=2e-6 * float(y.abs().max()))
 
@@ -329,11 +395,11 @@ def test_threads_change_no_bit_within_one_large_problem(domain):
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-@needs_cpu
-def test_cpu_reads_a_cost_in_its_place_as_it_reads_a_copy():
+@by_kernels
+def test_kernels_read_a_cost_in_its_place_as_they_read_a_copy(backend):
     wide = torch.rand(2, 64, 200)
-    for cost in (wide[:, :, 3:67], wide[:, :, 3:67].transpose(1, 2), wide[:, ::2, 8:136]):
-        for x, y in zip(sinkhorn(cost, backend="cpu")[:2], sinkhorn(cost.clone(), backend="cpu")[:2], strict=True):
+    for cost in (wide[:, :, 3:67], wide[:, :, 3:67].transpose(1, 2), wide[:, ::2, 8:136], wide[:, :8, 3:183]):
+        for x, y in zip(sinkhorn(cost, backend=backend)[:2], sinkhorn(cost.clone(), backend=backend)[:2], strict=True):
             assert torch.equal(x, y)
 
 

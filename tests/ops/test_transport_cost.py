@@ -1,16 +1,23 @@
 import pytest
 import torch
 
-from mlot_kernels import native, pairwise_cost, sinkhorn, transport_cost
+from mlot_kernels import BackendUnavailable, pairwise_cost, sinkhorn, transport_cost
 from mlot_kernels.transport import METRICS
+from tests.conftest import INTERPRETED, backends_of
+from tests.dispatch_modes import Allocations
 
-needs_cpu = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
-by_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+BACKENDS = backends_of("transport_cost")
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_kernels = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
+GRADIENTS = ("unrolled", "envelope", "implicit")
 
 
-@by_backend
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("gradient", ["unrolled", "implicit", "envelope"])
+@pytest.mark.parametrize(
+    ("gradient", "backend"),
+    [(kind, name) for kind in GRADIENTS for name in BACKENDS if (kind, name) != ("implicit", "triton")],
+)
 def test_is_sinkhorn_on_the_pairwise_cost(backend, metric, gradient):
     x, y = (torch.rand(2, n, 6, dtype=torch.float64) + 0.1 for n in (5, 4))
     options = {"gradient": gradient, "epsilon": 0.5, "row_lengths": torch.tensor([5, 2]), "iterations": 9}
@@ -35,24 +42,24 @@ def _solved(backend, x, y, **options):
     return [*(value.detach() for value in (*solved[:2], *solved[3:])), leaves[0].grad, leaves[1].grad]
 
 
-@needs_cpu
+@by_kernels
 @pytest.mark.parametrize("metric", METRICS)
-def test_cpu_equals_the_reference_beyond_the_size_of_cases(metric):
+def test_kernels_equal_the_reference_beyond_the_size_of_cases(backend, metric):
     x, y = (torch.rand(2, n, 37, dtype=torch.float64) + 0.1 for n in (150, 70))
     a, b = (torch.rand(2, n, dtype=torch.float64) for n in (150, 70))
     a[0, 5] = b[1, 7] = 0  # rows that do not count between rows that do
     a, b = (m / m.sum(1, keepdim=True) for m in (a, b))
     x[0, 5] = y[1, 7] = float("nan")
     options = {"metric": metric, "epsilon": 1.0, "iterations": 9, "marginals": (a, b)}
-    for ours, truth in zip(*(_solved(backend, x, y, **options) for backend in ("cpu", "reference")), strict=True):
+    for ours, truth in zip(*(_solved(backend, x, y, **options) for backend in (backend, "reference")), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-11)
 
 
-@needs_cpu
+@by_kernels
 @pytest.mark.parametrize(("for_x", "for_y"), [("bfloat16", "float32"), ("float32", "float64"), ("float16", "bfloat16")])
-def test_cpu_takes_sides_of_different_dtypes(for_x, for_y):
+def test_kernels_take_sides_of_different_dtypes(backend, for_x, for_y):
     x, y = torch.rand(2, 5, 6).to(getattr(torch, for_x)), torch.rand(2, 7, 6).to(getattr(torch, for_y))
-    for ours, truth in zip(*(_solved(backend, x, y) for backend in ("cpu", "reference")), strict=True):
+    for ours, truth in zip(*(_solved(backend, x, y) for backend in (backend, "reference")), strict=True):
         assert ours.dtype == truth.dtype
         torch.testing.assert_close(ours, truth, rtol=2e-2, atol=1e-4)
 
@@ -76,6 +83,37 @@ def test_threads_change_no_bit_within_one_large_problem():
 def test_features_of_width_0_cost_nothing(backend):
     x, y = torch.rand(2, 3, 0), torch.rand(2, 4, 0)
     assert _solved(backend, x, y)[0].tolist() == [0, 0]
+
+
+@by_kernels
+def test_costs_stand_in_scratch_a_few_problems_at_a_time(backend, monkeypatch):
+    x, y = torch.rand(9, 20, 6), torch.rand(9, 30, 6)
+    lengths = {"row_lengths": torch.arange(9) + 8, "column_lengths": 30 - torch.arange(9)}
+    weight = torch.rand(9, 30)
+    whole = _solved(backend, x, y, iterations=3, column_weight=weight, **lengths)
+    if backend == "triton":
+        from mlot_kernels.ops.transport_cost import triton_kernels
+
+        monkeypatch.setattr(triton_kernels, "SCRATCH", 2 * 20 * 30)
+    with Allocations() as meter:
+        forward = torch.ops.mlot.transport_cost_forward
+        outputs = forward(
+            x, y, None, None, *lengths.values(), weight, "l1", 0.1, 3, "uniform", 0.0, "auto", "unrolled", backend
+        )
+    meter.keep(outputs)
+    assert meter.peak - meter.kept < 4 * 9 * 20 * 30
+    for parted, together in zip(
+        _solved(backend, x, y, iterations=3, column_weight=weight, **lengths), whole, strict=True
+    ):
+        assert torch.equal(parted, together)
+
+
+@pytest.mark.skipif(
+    not INTERPRETED, reason="Triton's alone: tests/triton/test_interpreter.py runs it where Triton interprets"
+)
+def test_triton_refuses_the_implicit_gradient():
+    with pytest.raises(BackendUnavailable, match=r"transport_cost: backend 'triton': it has no gradient='implicit'"):
+        transport_cost(torch.rand(1, 3, 2), torch.rand(1, 4, 2), gradient="implicit", backend="triton")
 
 
 def test_there_is_no_plan():

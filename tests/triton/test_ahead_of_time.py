@@ -29,6 +29,7 @@ from mlot_kernels import (
     pairwise_cost,
     rank_truncate,
     row_entropy,
+    sinkhorn,
     token_log_probability,
     topk_softmax,
 )
@@ -50,6 +51,17 @@ REGISTERS, STACK = (128, 0) if NEW else (160, 16)
 
 VOCABULARIES = [(151_936, 151_936), (50_257, 50_257), (151_665, 151_936)]  # columns, and the stride of rows
 FEATURES = [(256, 256, 50), (1, 37, 1)]  # rows of either side, and their width
+# A gradient, and sides: what one program holds, or goes through; tiles of whole rows, and of all of a slab's.
+TRANSPORTS = [
+    ("unrolled", 64, 64),
+    ("unrolled", 128, 128),
+    ("unrolled", 256, 256),
+    ("unrolled", 300, 1100),
+    ("envelope", 256, 256),
+]
+if FULL:
+    sides = ((5, 3), (128, 32), (1000, 1), (2000, 1), (16, 1000), (7, 250), (50, 60), (2500, 1024))
+    TRANSPORTS += [("unrolled", M, N) for M, N in sides]
 
 # They read whole rows of logits, and load vectors wherever the rows' stride lets them.
 WALKS = {
@@ -164,6 +176,22 @@ def on_features(metric: str, dtype: torch.dtype, M: int = 256, N: int = 256, D: 
     pairwise_cost(x, y, metric=metric, backend="triton").sum().backward()
 
 
+def on_costs(gradient: str, dtype: torch.dtype, M: int = 64, N: int = 64, plain: bool = True) -> None:
+    options: dict[str, Any] = {}
+    if not plain:
+        options = {
+            "marginals": (torch.ones(2, M), torch.ones(2, N)),
+            "row_lengths": torch.ones(2, dtype=torch.int64),
+            "column_lengths": torch.ones(2, dtype=torch.int32),
+            "column_weight": torch.ones(2, N),
+            "tolerance": 1e-3,
+        }
+    cost = torch.zeros(2, M, N, dtype=dtype, requires_grad=True)
+    whole = not plain and gradient == "unrolled"
+    solved = sinkhorn(cost, iterations=3, gradient=gradient, return_plan=whole, backend="triton", **options)
+    (solved.regularized_cost.sum() + (solved.plan.sum() if whole else 0)).backward()
+
+
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
     path.write_bytes(cubin)
     text = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
@@ -238,6 +266,14 @@ def test_launches_on_features_compile_within_budget(M, N, D, architecture, entri
     check(architecture, entries, dtype, lambda: on_features(metric, dtype, M, N, D), vectors)
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every option"])
+@pytest.mark.parametrize(("gradient", "M", "N"), TRANSPORTS)
+@pytest.mark.parametrize("dtype", DTYPES if FULL else DTYPES[:1], ids=str)
+@pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
+def test_launches_on_costs_compile_within_budget(architecture, entries, dtype, gradient, M, N, plain, check):
+    check(architecture, entries, dtype, lambda: on_costs(gradient, dtype, M, N, plain))
+
+
 def candidates(i: int) -> Mapping[str, Options]:
     return {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
 
@@ -263,6 +299,9 @@ def test_the_calls_launch_every_kernel_of_the_table(check):
             on_logits(call, torch.float32)
         for metric in METRICS:
             on_features(metric, torch.float32)
+        for gradient, *sides in TRANSPORTS:
+            for plain in (True, False):
+                on_costs(gradient, torch.float32, *sides, plain=plain)
 
     assert check("sm_90", {}, torch.float32, run) == set(TABLE.kernels)
 

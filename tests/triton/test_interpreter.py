@@ -53,6 +53,8 @@ def interpreted(*arguments):
 
 # Tests of an operator's own that take every backend; of others the quick run has too many programs.
 OWN = {
+    "sinkhorn": "triton and (refuses or absorbs or nowhere or marginal_0 or (streams and random and 0.01))",
+    "transport_cost": "triton and (refuses or width_0 or (sinkhorn and unrolled and l1))",
     "topk_softmax": "triton",
     "pairwise_cost": "triton and (special or empty or sign)",
     "match_columns": "triton and (index or nan or without)",

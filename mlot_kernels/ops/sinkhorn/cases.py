@@ -28,6 +28,16 @@ def large(
     return (torch.cdist(t, s, p=1).to(dtype).to(device),)
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 8, rows: int = 256, vocabulary: int = 151_936
+) -> list[Case]:
+    """Problems of ``rows`` on both sides, and smaller ones, which one program solves."""
+    small = min(rows, 64)
+    (cost,) = large(dtype, device, problems=sequences, student_rows=max(rows, 160), teacher_rows=max(rows, 16))
+    (few,) = large(dtype, device, problems=sequences, student_rows=small, teacher_rows=small)
+    return [_case("one step a launch", cost, epsilon=1.0, iterations=20), _case("in registers", few, iterations=20)]
+
+
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 
@@ -62,6 +72,9 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     a, b = (marginal.clone() for marginal in given)
     a[:, 2] = b[0, 3] = b[1, 0] = 0
     yield _case("marginals of 0", cost, a, b, smooth=False)
+    yield _case("long rows", rand(2, 9, 130), weight=rand(2, 130), column_lengths=lengths(130, 70), iterations=3)
+    yield _case("many rows", rand(2, 36, 260), row_lengths=lengths(34, 36), iterations=3, marginals="unit")
+    yield _case("many columns", rand(1, 33, 1030), iterations=2)
 
 
 def _case(

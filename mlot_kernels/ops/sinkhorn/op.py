@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.sinkhorn import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 from mlot_kernels.transport import OPTIONS_SCHEMA, TENSORS_SCHEMA, Transport, prepare_options
 
 _INPUTS = f"Tensor cost, {TENSORS_SCHEMA}"
@@ -21,8 +22,25 @@ _OUTPUTS = (
     "Tensor row_history, Tensor column_history)"
 )
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "sinkhorn_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "sinkhorn_backward")}
+_TRITON = "mlot_kernels.ops.sinkhorn.triton_kernels"
+
+
+def _triton_refuses(*arguments: Any) -> str | None:
+    if arguments[11] == "implicit":
+        return "it has no gradient='implicit'; pass gradient='unrolled', or backend='reference'"
+    return None
+
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "sinkhorn_forward"),
+    "triton": refusing(lazy(_TRITON, "forward"), _triton_refuses),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "sinkhorn_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(

@@ -19,6 +19,14 @@ def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]
     return list(_cases(dtype, device))
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 8, rows: int = 256, vocabulary: int = 151_936
+) -> list[Case]:
+    """Problems of ``rows`` on both sides."""
+    t, s = large(dtype, device, problems=sequences, student_rows=rows, teacher_rows=rows, width=50)
+    return [_case("50 features", t, s)]
+
+
 def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.transport_cost import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 from mlot_kernels.transport import (
     METRICS,
     OPTIONS_SCHEMA,
@@ -24,8 +25,25 @@ _INPUTS = f"Tensor x, Tensor y, {TENSORS_SCHEMA}, str metric, {OPTIONS_SCHEMA}"
 _SAVED = "Tensor row_potential, Tensor column_potential, Tensor done, Tensor row_history, Tensor column_history"
 _OUTPUTS = f"(Tensor transported, Tensor regularized, {_SAVED})"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "transport_cost_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "transport_cost_backward")}
+_TRITON = "mlot_kernels.ops.transport_cost.triton_kernels"
+
+
+def _triton_refuses(*arguments: Any) -> str | None:
+    if arguments[13] == "implicit":
+        return "it has no gradient='implicit'; pass gradient='unrolled', or backend='reference'"
+    return None
+
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "transport_cost_forward"),
+    "triton": refusing(lazy(_TRITON, "forward"), _triton_refuses),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "transport_cost_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
