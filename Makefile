@@ -15,7 +15,11 @@ OLDEST_VENV   := .venv-triton-3.6
 
 NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
 
-.PHONY: demo test test-full test-triton-3.6 cuda-build lint sanitize bench bench-full gpu-check clean
+# Of a wheel: a version such as 13.0, none (the CPU kernels alone) or python (no native library).
+CUDA ?= 13.0
+
+.PHONY: demo test test-full test-triton-3.6 cuda-build lint sanitize bench bench-full gpu-check wheel wheels \
+	check-wheels clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
@@ -57,6 +61,16 @@ GPU_PYTHON ?= python3
 gpu-check:
 	$(GPU_PYTHON) -m bench.gpu_check --out $(OUT)
 
+# Into dist/<variant>; wheels builds all variants that we publish.
+wheel: $(VENV)/.wheels
+	$(BIN)/python -m wheels.build --cuda $(CUDA)
+
+wheels: $(VENV)/.wheels
+	$(BIN)/python -m wheels.build
+
+check-wheels: $(VENV)/.wheels
+	$(BIN)/python -m wheels.check
+
 # torch comes first and pinned: whatever depends on it must find it, or pip brings the newest one with gigabytes of CUDA.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +91,10 @@ $(OLDEST_VENV)/.installed:
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)"
 	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TRITON) pytest pytest-xdist
+	touch $@
+
+$(VENV)/.wheels: $(VENV)/.torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check "rich>=13"
 	touch $@
 
 $(VENV)/.bench: $(STAMP)

@@ -1,43 +1,46 @@
 """Builds the native parts: `mlot_kernels/_cpu.so`, where there is nvcc `_cuda.so`, and for developers `_probe*.so`.
 
 It never imports torch, whose headers are all that it needs. Where something is missing it installs the Python parts
-alone and says so. Environment variables:
+alone and says so. The version says what was built: `+cu130`, `+cpu`, or nothing where there are the Python parts alone.
+Environment variables:
 
-    MLOT_NATIVE     0: the Python parts alone; 1: fail where the native parts cannot be built; unset: if possible
-    MLOT_CUDA       0: no `_cuda.so`; 1: fail where it cannot be built; unset: if possible. It needs no GPU
-    CUDA_HOME       the toolkit whose nvcc is taken, before that on PATH and that of the extra cuda-build
-    MLOT_PROBE      1: also build the developers' module (pybind11), which no wheel may hold
-    MLOT_SANITIZE   for example address,undefined: instrument everything; see `make sanitize`
-    MLOT_TORCH_DIR  torch's folder, where it is in neither the build's nor the target's environment
-    MLOT_VERBOSE    1: print every command
-    CXX, MAX_JOBS   the compiler, and how many of it run at once
+    MLOT_NATIVE           0: the Python parts alone; 1: fail where the native ones cannot be built; unset: if possible
+    MLOT_CUDA             0: no `_cuda.so`; 1: fail where it cannot be built; unset: if possible. It needs no GPU
+    CUDA_HOME             the toolkit whose nvcc is taken, before that on PATH and that of the extra cuda-build
+    TORCH_CUDA_ARCH_LIST  what it compiles for, as '9.0;12.0+PTX'; unset: what nvcc knows of sm_80, 90, 100, 120
+    MLOT_PROBE            1: also build the developers' module (pybind11), which no wheel may hold
+    MLOT_SANITIZE         for example address,undefined: instrument everything; see `make sanitize`
+    MLOT_TORCH_DIR        torch's folder, where it is in neither the build's nor the target's environment
+    MLOT_VERBOSE          1: print every command
+    CXX, MAX_JOBS         the compiler, and how many of it run at once
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+sys.path.insert(0, str(SOURCES))  # a build does not start with its own folder on the path
+
+from mlot_toolchain import SANITIZE, TARGET_VERSION, Missing, Tools, find_tools, say, switch  # noqa: E402
+
+VERSION = "0.1.0.dev0"
 PACKAGE = "mlot_kernels"
-OLDEST_TORCH = (2, 10)  # the first whose stable ABI has parallel_for and const_data_ptr
-TARGET_VERSION = "0x020a000000000000"  # OLDEST_TORCH as torch's headers write it; they hide whatever is newer
+COMMIT = "COMMIT"  # a file of the source distribution, which is no checkout
 
 BASELINE = {"baseline": ""}
 INSTRUCTION_SETS = {
@@ -48,139 +51,14 @@ INSTRUCTION_SETS = {
     },
 }.get(platform.machine(), BASELINE)
 
-CUDA_ARCHITECTURES = {(12, 8): ("80", "90", "100"), (13, 0): ("80", "90", "100", "120")}  # from this nvcc on
-
-SANITIZE = os.environ.get("MLOT_SANITIZE", "")
 if SANITIZE:  # this machine's own alone, and no wheel holds it: three would take minutes to compile
     INSTRUCTION_SETS = {"baseline": "-march=native"}
 
 
-def say(text: str) -> None:
-    print(f"[mlot] {text}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What the native build needs."""
-
-    compiler: str
-    ninja: tuple[str, ...]
-    torch: Path
-    torch_version: str
-    cuda: Toolkit | None
-    why_no_cuda: str | None
-
-
-@dataclass(frozen=True)
-class Toolkit:
-    """A CUDA toolkit: nvcc and what it links with."""
-
-    home: Path
-    version: tuple[int, int]
-    architectures: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"CUDA {self.version[0]}.{self.version[1]} for {', '.join(f'sm_{x}' for x in self.architectures)}"
-
-
-class Missing(Exception):
-    """Something that the native build needs is not here; the message says what, and what to do."""
-
-
-def find_tools() -> Tools:
-    if sys.platform != "linux":
-        raise Missing(f"the native parts are built on Linux alone, and this is {sys.platform}")
-    torch, version = find_torch()
-    compiler, ninja = find_compiler(), find_ninja()
-    cuda, why_not = find_cuda()
-    return Tools(compiler, ninja, torch, version, cuda, why_not)
-
-
-def find_cuda() -> tuple[Toolkit | None, str | None]:
-    """The toolkit, or None and why there is none."""
-    wanted = switch("MLOT_CUDA")
-    if wanted == "0" or SANITIZE:
-        return None, "it was built with MLOT_CUDA=0" if wanted == "0" else "sanitizers watch the CPU"
-    try:
-        return find_toolkit(), None
-    except Missing as missing:
-        if wanted == "1":
-            raise SystemExit(f"[mlot] MLOT_CUDA=1, and the CUDA kernels cannot be built: {missing}") from None
-        return None, str(missing)
-
-
-def find_toolkit() -> Toolkit:
-    if home := os.environ.get("CUDA_HOME"):
-        candidates = [Path(home) / "bin/nvcc"]
-    else:
-        installed = {Path(sysconfig.get_paths()[kind]) for kind in ("purelib", "platlib")}
-        found = shutil.which("nvcc")
-        candidates = [Path(found)] if found else []
-        candidates += sorted(path for folder in installed for path in folder.glob("nvidia/cu*/bin/nvcc"))
-    for nvcc in candidates:
-        if os.access(nvcc, os.X_OK):
-            return toolkit_of(nvcc)
-    where = f"CUDA_HOME={home} has none" if home else "CUDA_HOME is not set and there is none on PATH"
-    raise Missing(f"there is no nvcc: {where}; install a CUDA toolkit, or pip install 'mlot-kernels[cuda-build]'")
-
-
-def toolkit_of(nvcc: Path) -> Toolkit:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
-    version = (int(release[1]), int(release[2])) if release else (0, 0)
-    architectures = [names for oldest, names in CUDA_ARCHITECTURES.items() if version >= oldest]
-    if not architectures:
-        raise Missing(f"{nvcc} is CUDA {version[0]}.{version[1]}; the kernels need 12.8 or newer")
-    # What stands on PATH may be a script beside which there is no toolkit.
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
-    home = Path(top[1]).resolve() if top else nvcc.resolve().parents[1]
-    return Toolkit(home, version, architectures[-1])
-
-
-def find_compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise Missing(f"there is no C++ compiler, {' or '.join(names)}; install g++ 11 or newer, or set CXX")
-
-
-def find_ninja() -> tuple[str, ...]:
-    if found := shutil.which("ninja"):
-        return (found,)
-    if importlib.util.find_spec("ninja"):
-        return (sys.executable, "-m", "ninja")
-    raise Missing("there is no ninja; pip install ninja")
-
-
-def find_torch() -> tuple[Path, str]:
-    """Torch's folder and version: while pip isolates the build, those of the environment that it installs into."""
-    for folder in torch_folders():
-        if not (folder / "version.py").exists():
-            continue
-        version = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())[1]
-        if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
-            raise Missing(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}; install a newer one")
-        if not (folder / "include/torch/csrc/stable/library.h").exists():
-            raise Missing(f"torch {version} in {folder} has no headers; install it from a wheel of the project")
-        return folder, version
-    raise Missing("there is no torch in this environment; install it first, then mlot-kernels again")
-
-
-def torch_folders() -> Iterator[Path]:
-    if named := os.environ.get("MLOT_TORCH_DIR"):
-        yield Path(named)
-        return
-    spec = importlib.util.find_spec("torch")  # finds it without importing it
-    if spec and spec.origin:
-        yield Path(spec.origin).parent
-    for kind in ("purelib", "platlib"):
-        yield Path(sysconfig.get_paths()[kind]) / "torch"
-
-
 def commit() -> str | None:
-    """The commit that is built; None where this is no checkout of the project."""
+    """The commit that is built; None where these are neither a checkout of the project nor its source distribution."""
+    if (ROOT / COMMIT).exists():
+        return (ROOT / COMMIT).read_text().strip()
     if not shutil.which("git"):
         return None
     git = ("git", "-C", str(ROOT))
@@ -192,9 +70,9 @@ def write_build_facts(folder: Path) -> None:
     """`_build.json`, which `python -m mlot_kernels info` and the reasons of `explain` are made of."""
     facts = {
         "commit": commit() or None,
-        "cuda": "{}.{}".format(*TOOLS.cuda.version) if TOOLS and TOOLS.cuda else None,
+        "cuda": TOOLS.cuda.name if TOOLS and TOOLS.cuda else None,
         "architectures": list(INSTRUCTION_SETS) if TOOLS else [],
-        "cuda_architectures": [f"sm_{name}" for name in TOOLS.cuda.architectures] if TOOLS and TOOLS.cuda else [],
+        "cuda_architectures": TOOLS.cuda.targets() if TOOLS and TOOLS.cuda else [],
         "torch": TOOLS.torch_version if TOOLS else None,
     }
     if not TOOLS:
@@ -230,6 +108,7 @@ class Ninja:
         link = [
             tools.compiler,
             "-shared",
+            *([] if PROBE or SANITIZE else ["-s"]),  # names, which only a developer's profiler asks for
             *instrument,
             "$in -Wl,--no-as-needed $libraries -Wl,--as-needed -Wl,-Bsymbolic -o $out",
         ]
@@ -237,12 +116,11 @@ class Ninja:
         self.rule("link", link)
         if tools.cuda:
             code = [f"-gencode arch=compute_{name},code=sm_{name}" for name in tools.cuda.architectures]
-            newest = tools.cuda.architectures[-1]
+            code += [f"-gencode arch=compute_{name},code=compute_{name}" for name in tools.cuda.ptx]
             nvcc = [
                 f"{tools.cuda.home}/bin/nvcc -std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
                 f"-ccbin {tools.compiler}",
                 *code,
-                f"-gencode arch=compute_{newest},code=compute_{newest}",  # PTX, for what comes after them
                 f"-Xcompiler=-ffile-prefix-map={ROOT}=.",
                 f"-I{SOURCES}/include",
                 "-MMD -MF $out.d -c $in -o $out",
@@ -318,10 +196,10 @@ class Build(build_ext):
 
     def link_cuda(self, ninja: Ninja, target: Path, dispatch: Path) -> None:
         libraries = ("libtorch_cpu.so", "libtorch_cuda.so")
-        folder = ninja.folder / "cuda"
+        folder = ninja.folder / f"cuda-{TOOLS.cuda.name}"
         torch = tuple(ninja.edge("stand_in", folder / name, [], name=name) for name in libraries)
         kernels = [
-            ninja.edge("nvcc", ninja.folder / f"cuda/{source.stem}.o", [source])
+            ninja.edge("nvcc", folder / f"{source.stem}.o", [source])
             for source in sorted((SOURCES / "cuda").glob("*.cu"))
         ]
         objects = [*self.operators(ninja, "ops_cuda", "-DUSE_CUDA"), *kernels]
@@ -363,9 +241,8 @@ class Wheel(bdist_wheel):
         if PROBE or SANITIZE:
             switch = "MLOT_PROBE" if PROBE else "MLOT_SANITIZE"
             raise SystemExit(f"[mlot] no wheel may hold what {switch} builds; unset it, or pip install -e")
-        # A wheel takes all that lies in the build's folder, and an earlier build may have left the module there.
-        for left in (Path(self.get_finalized_command("build").build_lib) / PACKAGE).glob("_probe*"):
-            left.unlink()
+        # A wheel takes all that lies in the build's folder, where another variant may have left its libraries.
+        shutil.rmtree(Path(self.get_finalized_command("build").build_lib) / PACKAGE, ignore_errors=True)
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -373,12 +250,10 @@ class Wheel(bdist_wheel):
         return ("py3", "none", tag[2]) if TOOLS else tag
 
 
-def switch(name: str) -> str:
-    """An environment variable that is 0, 1 or unset."""
-    value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise SystemExit(f"[mlot] {name} must be 0, 1 or unset, got {value!r}")
-    return value
+class Sources(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        (Path(base_dir) / COMMIT).write_text(f"{commit() or ''}\n")
 
 
 def decide() -> tuple[Tools | None, str]:
@@ -401,9 +276,11 @@ if TOOLS:
     say(f"CUDA kernels: {TOOLS.cuda or f'none, {TOOLS.why_no_cuda}'}")
 else:
     say(f"the Python parts alone, which compute everything in plain torch: {WHY_NOT}")
-CUDA = TOOLS is not None and TOOLS.cuda is not None
-extensions = ["_cpu"] * (TOOLS is not None) + ["_cuda"] * CUDA + ["_probe"] * PROBE
+CUDA = TOOLS.cuda if TOOLS else None
+LOCAL = f"+cu{CUDA.name.replace('.', '')}" if CUDA else "+cpu" if TOOLS else ""
+extensions = ["_cpu"] * (TOOLS is not None) + ["_cuda"] * (CUDA is not None) + ["_probe"] * PROBE
 setup(
+    version=VERSION if "sdist" in sys.argv else VERSION + LOCAL,
     ext_modules=[Extension(f"{PACKAGE}.{name}", []) for name in extensions],
-    cmdclass={"build_ext": Build, "build_py": Python, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": Build, "build_py": Python, "bdist_wheel": Wheel, "sdist": Sources},
 )

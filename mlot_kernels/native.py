@@ -15,6 +15,7 @@ import torch
 from mlot_kernels.backends import BackendUnavailable, refusing
 
 FOLDER = Path(__file__).parent
+OLDEST_TORCH = (2, 10)  # as csrc/mlot_toolchain.py has it
 NEEDS = {  # what building a library needs, and the switch that insists on it
     "cpu": ("g++, ninja and torch", "MLOT_NATIVE"),
     "cuda": ("nvcc, g++, ninja and torch", "MLOT_CUDA"),
@@ -27,6 +28,8 @@ def load(library: str, folder: Path = FOLDER) -> str | None:
     Returns:
         None where it loaded, else why it cannot be used, in words.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}; install a newer one"
     path = folder / f"_{library}.so"
     if not path.exists():
         why, what, switch = _why_it_was_not_built(library, folder), *NEEDS[library]
@@ -60,7 +63,22 @@ def load_cuda(folder: Path = FOLDER) -> str | None:
         return load("cuda", Path(on_host))
     if torch.version.cuda is None:
         return "this torch has no CUDA; install one that has, and mlot-kernels again beside it"
-    return load("cuda", folder)
+    facts = json.loads(path.read_text()) if (path := folder / "_build.json").exists() else {}
+    return too_new_for_the_driver(facts.get("cuda"), torch._C._cuda_getDriverVersion()) or load("cuda", folder)
+
+
+def too_new_for_the_driver(built: str | None, driver: int) -> str | None:
+    """Why kernels ``built`` with a CUDA version cannot run on a driver that knows up to ``driver``; None if they can.
+
+    ``driver`` is as CUDA counts, 12080 for 12.8; 0 where there is no driver, and hence no GPU to refuse.
+    """
+    if built is None or driver == 0 or int(built.split(".")[0]) <= driver // 1000:
+        return None
+    knows = f"{driver // 1000}.{driver % 1000 // 10}"
+    return (
+        f"it was built with CUDA {built}, and this machine's driver knows up to CUDA {knows}; update the driver, or "
+        f"install the wheel for CUDA {knows} or older"
+    )
 
 
 MISSING = {"cpu": load("cpu"), "cuda": load_cuda()}  # library -> why it cannot be used; None where it can

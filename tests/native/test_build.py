@@ -31,7 +31,9 @@ def tree(tmp_path):
 
 
 def setup(tree, *arguments, **environment):
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLOT_", "CXX"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MLOT_", "CXX", "TORCH_CUDA"))
+    }
     command = [sys.executable, "setup.py", *arguments]
     return subprocess.run(command, cwd=tree, env={**inherited, **environment}, capture_output=True, text=True)
 
@@ -75,12 +77,21 @@ def test_a_wrong_switch_is_an_error(tree):
 
 
 @pytest.fixture
-def old_toolkit(tmp_path):
-    nvcc = tmp_path / "old/bin/nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
-    nvcc.chmod(0o755)
-    return nvcc.parents[1]
+def toolkit(tmp_path):
+    """A folder for CUDA_HOME whose nvcc says that it is of a version and knows some architectures."""
+
+    def make(version, *known):
+        nvcc = tmp_path / version / "bin/nvcc"
+        nvcc.parent.mkdir(parents=True)
+        listed = "\n".join(f"compute_{name}" for name in known)
+        nvcc.write_text(
+            f"#!/bin/sh\nif [ $1 = --list-gpu-arch ]; then echo '{listed}'\n"
+            f"else echo Cuda compilation tools, release {version}, V{version}.131; fi\n"
+        )
+        nvcc.chmod(0o755)
+        return str(nvcc.parents[1])
+
+    return make
 
 
 def test_without_nvcc_there_are_no_cuda_kernels(tree):
@@ -92,10 +103,47 @@ def test_without_nvcc_there_are_no_cuda_kernels(tree):
     assert "[mlot] MLOT_CUDA=1, and the CUDA kernels cannot be built: there is no nvcc" in done.stderr
 
 
-def test_an_nvcc_that_is_too_old_is_refused_by_name(tree, old_toolkit):
-    done = setup(tree, "--version", CUDA_HOME=str(old_toolkit), MLOT_CUDA="1")
+def test_an_nvcc_that_is_too_old_is_refused_by_name(tree, toolkit):
+    home = toolkit("12.3")
+    done = setup(tree, "--version", CUDA_HOME=home, MLOT_CUDA="1")
     assert done.returncode != 0
-    assert f"{old_toolkit}/bin/nvcc is CUDA 12.4; the kernels need 12.8 or newer" in done.stderr
+    assert f"{home}/bin/nvcc is CUDA 12.3; the kernels need 12.4 or newer" in done.stderr
+
+
+def test_kernels_are_compiled_for_what_nvcc_knows(tree, toolkit):
+    done = setup(tree, "--version", CUDA_HOME=toolkit("12.4", "50", "80", "90"))
+    assert "CUDA kernels: CUDA 12.4 for sm_80, sm_90, compute_90" in done.stderr
+    assert done.stdout.strip() == "0.1.0.dev0+cu124"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("9.0", "CUDA 12.4 for sm_90\n"),
+        ("8.0 9.0a+PTX", "CUDA 12.4 for sm_80, sm_90a, compute_90a\n"),
+        ("7.5;8.6;9.0+PTX", "TORCH_CUDA_ARCH_LIST: 7.5 is left out; the kernels need sm_80 or newer"),
+        ("7.5;8.6;9.0+PTX", "CUDA 12.4 for sm_86, sm_90, compute_90\n"),
+    ],
+)
+def test_the_list_of_architectures_is_followed(tree, toolkit, wanted, words):
+    home = toolkit("12.4", "75", "80", "86", "90")
+    done = setup(tree, "--version", CUDA_HOME=home, MLOT_CUDA="1", TORCH_CUDA_ARCH_LIST=wanted)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("9.0;12.0", "asks for 12.0, which {home}/bin/nvcc (CUDA 12.4) does not know, only sm_75, sm_80, sm_90; leave"),
+        ("Hopper", "'Hopper' is no architecture; write them as '8.0;9.0;12.0+PTX'"),
+        ("7.0;7.5", "names nothing from sm_80 on; add one, or unset it"),
+    ],
+)
+def test_what_cannot_be_compiled_for_is_refused_by_name(tree, toolkit, wanted, words):
+    home = toolkit("12.4", "75", "80", "90")
+    done = setup(tree, "--version", CUDA_HOME=home, MLOT_CUDA="1", TORCH_CUDA_ARCH_LIST=wanted)
+    assert done.returncode != 0
+    assert words.format(home=home) in done.stderr
 
 
 def test_cuda_kernels_are_left_out_on_request(tree):
@@ -150,8 +198,9 @@ def test_the_source_distribution_can_be_built(tree):
     with zipfile.ZipFile(archive) as files:
         names = {name.partition("/")[2] for name in files.namelist()}
     files = (ROOT / "csrc").rglob("*")
-    sources = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".cpp", ".cu", ".h")}
+    sources = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".cpp", ".cu", ".h", ".py")}
     assert sources < names
+    assert "COMMIT" in names
     assert "setup.py" in names
     assert "mlot_kernels/_build.json" not in names
 

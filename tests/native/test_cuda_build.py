@@ -7,7 +7,6 @@ fail instead.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ import torch
 
 from tests.conftest import FULL
 from tests.native import on_host
+from wheels import check
 
 ROOT = on_host.ROOT
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -32,11 +32,11 @@ def toolkit():
     """As setup.py finds it."""
     if not (ROOT / "setup.py").exists():
         return None, "these are no sources that can be built"
-    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_toolkit().home)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = "import mlot_toolchain; print(mlot_toolchain.find_toolkit().home)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "csrc", capture_output=True, text=True)
     if done.returncode == 0:
         return Path(done.stdout.split()[-1]), None
-    return None, done.stderr.strip().splitlines()[-1].removeprefix("setup.Missing: ")
+    return None, done.stderr.strip().splitlines()[-1].removeprefix("mlot_toolchain.Missing: ")
 
 
 @pytest.fixture
@@ -81,27 +81,7 @@ def test_the_library_needs_torchs_stable_abi_alone():
     if not library.exists():
         assert os.environ.get("MLOT_TEST_CUDA") != "1", f"{library} was not built"
         pytest.skip("this installation has no _cuda.so; install mlot-kernels with MLOT_CUDA=1")
-    needed = on_host.run(["readelf", "-d", str(library)])
-    assert set(re.findall(r"NEEDED.*\[(.+)\]", needed)) <= {
-        "libtorch_cpu.so",
-        "libtorch_cuda.so",
-        "libstdc++.so.6",
-        "libgcc_s.so.1",
-        "libm.so.6",
-        "libc.so.6",
-        "ld-linux-x86-64.so.2",
-    }
-    assert "RUNPATH" not in needed
-    undefined = on_host.run(["nm", "-D", "--undefined-only", str(library)])
-    names = set(re.findall(r"^\s+[Uw] (\w+)$", undefined, re.MULTILINE)) - {
-        "__gmon_start__",
-        "_ITM_registerTMCloneTable",
-        "_ITM_deregisterTMCloneTable",
-    }
-    folder = Path(importlib.util.find_spec("torch").origin).parent / "include/torch/csrc"
-    declared = "".join((folder / header).read_text() for header in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h"))
-    assert names
-    assert {name for name in names if not re.search(rf"\b{name}\b", declared) and "dtype" not in name} == set()
+    assert list(check.problems_of_library(library, "cuda")) == []
 
 
 def test_the_library_is_not_loaded_where_torch_has_no_cuda():
