@@ -98,8 +98,7 @@ class Ninja:
             "-fno-math-errno -fno-trapping-math -fopenmp-simd",
             # A row's sums must not depend on where in memory it starts.
             "--param vect-max-peeling-for-alignment=0",
-            # Torch's checks put __FILE__ into the library: no path of the building machine may be in it.
-            f"-ffile-prefix-map={ROOT}=. -ffile-prefix-map={tools.torch}=torch",
+            f"-ffile-prefix-map={ROOT}=.",
             f"-I{SOURCES}/include",
             *checks,
             *(["-DMLOT_ONE_INSTRUCTION_SET"] if len(INSTRUCTION_SETS) == 1 else []),
@@ -190,8 +189,12 @@ class Build(build_ext):
     def operators(self, ninja: Ninja, folder: str, *flags: str) -> list[Path]:
         """The objects that know torch, by its stable ABI alone."""
         stable = f"-isystem {TOOLS.torch}/include -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION={TARGET_VERSION}"
+        # Torch's checks put __FILE__ into the library, and no path of the building machine may be in it. Behind a
+        # symbolic link the compiler writes the one or the other.
+        paths = [f"-ffile-prefix-map={path}=torch" for path in dict.fromkeys((TOOLS.torch, TOOLS.torch.resolve()))]
         return [
-            ninja.compile(source, " ".join([stable, *flags])) for source in sorted((SOURCES / folder).glob("*.cpp"))
+            ninja.compile(source, " ".join([stable, *paths, *flags]))
+            for source in sorted((SOURCES / folder).glob("*.cpp"))
         ]
 
     def link_cuda(self, ninja: Ninja, target: Path, dispatch: Path) -> None:

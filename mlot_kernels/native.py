@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -64,7 +65,17 @@ def load_cuda(folder: Path = FOLDER) -> str | None:
     if torch.version.cuda is None:
         return "this torch has no CUDA; install one that has, and mlot-kernels again beside it"
     facts = json.loads(path.read_text()) if (path := folder / "_build.json").exists() else {}
-    return too_new_for_the_driver(facts.get("cuda"), torch._C._cuda_getDriverVersion()) or load("cuda", folder)
+    return too_new_for_the_driver(facts.get("cuda"), driver()) or load("cuda", folder)
+
+
+def driver(library: str = "libcuda.so.1") -> int:
+    """The newest CUDA version that this machine's driver knows, as CUDA counts: 12080 for 12.8. 0 without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version))  # asks no GPU for anything
+    except OSError:
+        return 0
+    return version.value
 
 
 def too_new_for_the_driver(built: str | None, driver: int) -> str | None:

@@ -158,9 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for wheel in wheels:
             with console.status(wheel.name):
                 wrong = list(problems(wheel))
-                build = "" if wrong else works(wheel, python)
+                if not wrong:
+                    works(wheel, python)
             failed |= bool(wrong)
-            table.add_row(wheel.name, "\n".join(wrong) or "right", build or "not tried")
+            table.add_row(wheel.name, "\n".join(wrong) or "right", "not tried" if wrong else "works")
     console.print(table)
     if failed:
         raise SystemExit(1)

@@ -98,6 +98,13 @@ def test_kernels_newer_than_the_driver_are_refused_by_name():
     )
 
 
+@needs_compiler
+def test_the_driver_tells_its_version(tmp_path):
+    there = library(tmp_path, "int cuDriverGetVersion(int* version) { *version = 12080; return 0; }")
+    assert native.driver(str(there)) == 12080
+    assert native.driver("/nonexistent/libcuda.so.1") == 0
+
+
 def test_a_torch_that_is_too_old_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(native.torch, "__version__", "2.9.1+cu128")
     assert native.load("cpu") == "torch 2.9.1+cu128 is older than 2.10; install a newer one"
