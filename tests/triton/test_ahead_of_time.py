@@ -30,6 +30,7 @@ from mlot_kernels import (
     rank_truncate,
     row_entropy,
     sinkhorn,
+    sorted_l1,
     token_log_probability,
     topk_softmax,
 )
@@ -71,6 +72,7 @@ WALKS = {
     "rank_truncate.partial_sums",
     "select.group_maxima",
     "gradient.write_dense",
+    "sorted_l1.backward",
 }
 
 
@@ -150,7 +152,17 @@ def matched(logits):
     return match_columns(logits, ranks, backend="triton")
 
 
+def compared(logits):
+    teacher = logits.values.detach()[..., :32_000]
+    return sorted_l1(logits, teacher, top_k=None if logits.columns is None else 1000, backend="triton")
+
+
+def compared_stably(logits):
+    return sorted_l1(logits, logits.values.detach()[..., :32_000].float(), ties="stable", backend="triton")
+
+
 CALLS = (entropy, token, top, ranked, ranked_each_row, gathered, matched)
+PAIRED = (compared, compared_stably)  # they take longest to compile, and have one vocabulary
 
 
 def on_logits(
@@ -255,6 +267,15 @@ def test_launches_compile_within_budget(V, stride, architecture, entries, dtype,
     check(architecture, entries, dtype, lambda: on_logits(call, dtype, plain, V, stride), walks(V, stride))
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every field"])
+@pytest.mark.parametrize("call", PAIRED if FULL else PAIRED[:1], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
+def test_launches_on_pairs_compile_within_budget(architecture, entries, dtype, call, plain, check):
+    V, stride = VOCABULARIES[-1]
+    check(architecture, entries, dtype, lambda: on_logits(call, dtype, plain, V, stride), walks(V, stride))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
@@ -295,7 +316,7 @@ def test_what_tune_may_choose_on_features_compiles_within_budget(i, architecture
 
 def test_the_calls_launch_every_kernel_of_the_table(check):
     def run():
-        for call in CALLS:
+        for call in (*CALLS, *PAIRED):
             on_logits(call, torch.float32)
         for metric in METRICS:
             on_features(metric, torch.float32)

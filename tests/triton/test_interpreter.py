@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(
 # float64 and many rows, and in 16 bits of the two cases with most in them. `make test-full` has all.
 QUICK = "opcheck or (fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every))))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
+# Of an operator whose programs take long the quick run has these instead, which between them launch all of its kernels.
+FEWER = {"sorted_l1": "fidelity and (tiles and (float32 or bfloat16) or float32 and every and both)"}
 
 # What `tune` does, but for the clock: every candidate of every kernel gives the default's results.
 TUNE = """
@@ -58,12 +60,13 @@ OWN = {
     "topk_softmax": "triton",
     "pairwise_cost": "triton and (special or empty or sign)",
     "match_columns": "triton and (index or nan or without)",
+    "sorted_l1": "triton and counted and crowded and stable and bfloat16",
 }
 
 
 @pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "triton" in op.forward])
 def test_operators_in_the_interpreter(operator):
-    run_tests("tests/test_contract.py", f"{operator}-triton and ({ALL if FULL else QUICK})")
+    run_tests("tests/test_contract.py", f"{operator}-triton and ({ALL if FULL else FEWER.get(operator, QUICK)})")
 
 
 @pytest.mark.parametrize("operator", OWN)

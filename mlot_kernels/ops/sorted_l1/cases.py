@@ -15,6 +15,21 @@ from mlot_kernels.ops.sorted_l1 import reference, sorted_l1
 large = large_pair
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 2, rows: int = 64, vocabulary: int = 151_936
+) -> list[Case]:
+    """The teacher has 128,256 columns where the student has 151,936."""
+    student, teacher = large(
+        dtype,
+        device,
+        sequences=sequences,
+        rows=rows,
+        student_vocabulary=vocabulary,
+        teacher_vocabulary=vocabulary * 128_256 // 151_936,
+    )
+    return [_case(f"ties {ties}", Logits(student), Logits(teacher), False, ties) for ties in reference.TIES]
+
+
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
 
@@ -29,6 +44,8 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         *leading, width = student.values.shape
         other = max(1, width - 4) if width % 2 else width + 5
         teacher = replace(student, values=randn(*leading, other), vocab_size=None, columns=None, log_scale=None)
+        if name == "many rows":  # each takes seconds in Triton's interpreter
+            student, teacher = (replace(side, values=side.values[:, :20].contiguous()) for side in (student, teacher))
         yield _case(name, student, teacher, smooth)
     student, teacher = Logits(randn(2, 3, 30)), Logits(randn(2, 3, 25), temperature=0.5, standardize=True)
     for ties in reference.TIES:
@@ -64,4 +81,10 @@ def _case(
         most = max(student.vocab_size, teacher.vocab_size)
         return (reference.sorted_l1(student, teacher, ties, most if top_k is None else top_k, tail),)
 
-    return sides_case(name, (student, teacher), smooth, call, definition, output_rows=(2,), batch_dimensions=(0,))
+    case = sides_case(name, (student, teacher), smooth, call, definition, output_rows=(2,), batch_dimensions=(0,))
+    # The Triton backend counts long rows in 12 bytes (float32: 20) for each of 65,536 values and of up to 128 pairs,
+    # also where rows are few (README.md); a quarter of that in floats, since it may take four times as many.
+    size, most = student.values.element_size(), min(side.values.shape[-1] for side in (student, teacher))
+    pairs = min(student.values[..., 0].numel(), 128) if size < 8 and most >= 4096 else 0
+    assert case.memory is not None
+    return replace(case, memory=case.memory + pairs * (1 << 16) * (5 if size == 4 else 3) // 4)

@@ -12,7 +12,7 @@ from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, prepare
 from mlot_kernels.native import native
 from mlot_kernels.ops.sorted_l1 import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
 _SIDES = ", ".join(
     f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
@@ -26,8 +26,18 @@ _SAVED = ", ".join(
 )
 _OPTIONS = "str ties, SymInt top_k, str tail"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "sorted_l1_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "sorted_l1_backward")}
+_TRITON = "mlot_kernels.ops.sorted_l1.triton_kernels"
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "sorted_l1_forward"),
+    "triton": lazy(_TRITON, "forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "sorted_l1_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
