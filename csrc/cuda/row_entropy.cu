@@ -1,7 +1,7 @@
 // row_entropy on a GPU: a cluster of blocks owns a row forward, a block owns a stretch of a row's gradient backward.
 #include "mlot/cuda/row_entropy.h"
 
-#include "mlot/cuda/launch.h"
+#include "mlot/cuda/row_gradient.h"
 #include "mlot/cuda/row_statistics.h"
 
 namespace mlot::cuda {
@@ -117,49 +117,37 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3) forward(RowE
 template <class T, bool kMasked, class A = Accumulator<T>>
 __global__ void __launch_bounds__(kThreads) backward(RowEntropyBackward call, int64_t stretches) {
   const LogitsRows& rows = call.rows;
-  const int64_t place = blockIdx.x / stretches, stretch = blockIdx.x % stretches;
-  T* out = static_cast<T*>(call.grad_values) + place * rows.width;
-  const int64_t slot = call.slot_of[place];
-  const int64_t step = int64_t(blockDim.x) * kLanes<T>;
-  const int64_t begin = stretch * kBatch * step + threadIdx.x * kLanes<T> - columns_past_alignment(out);
-  A dx[kLanes<T>] = {};
-  if (slot < 0) {
+  const auto gradient = [&](int64_t slot, const T*, int64_t begin, int64_t step, GradientVectors<T>& x) {
+    const A grad = at<A>(call.grad, slot), entropy = at<A>(call.saved.entropy, slot);
+    const A mass = at<A>(call.saved.mass, slot);
+    const A inverse = A(1 / (rows.temperature * double(at<A>(call.saved.scale, slot))));
+    const A log_scale = at<A>(rows.log_scale, slot), p_over_q = A(exp(double(log_scale)));
+    const A more = p_over_q == 0 ? A(0) : log_scale + 1;  // p = 0 there: not 0 * -inf
+    const A through = at<A>(call.saved.slope, slot) * grad * at<A>(call.saved.moment, slot) / A(rows.temperature);
+    const A peak = at<A>(call.saved.peak, slot), log_total = at<A>(call.saved.log_total, slot);
+    const A mean = at<A>(call.saved.mean, slot);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) store(out, begin + i * step, rows.width, dx);
-    return;
-  }
-  const T* row = row_of<T>(rows, slot);
-  A x[kBatch][kLanes<T>];
+    for (int i = 0; i < kGradientBatch; ++i) {
 #pragma unroll
-  for (int i = 0; i < kBatch; ++i) load(row, begin + i * step, rows.vocab_size, A(-INFINITY), x[i]);
-  const A grad = at<A>(call.grad, slot), entropy = at<A>(call.saved.entropy, slot), mass = at<A>(call.saved.mass, slot);
-  const A inverse = A(1 / (rows.temperature * double(at<A>(call.saved.scale, slot))));
-  const A log_scale = at<A>(rows.log_scale, slot), p_over_q = A(exp(double(log_scale)));
-  const A more = p_over_q == 0 ? A(0) : log_scale + 1;  // p = 0 there: not 0 * -inf
-  const A through = at<A>(call.saved.slope, slot) * grad * at<A>(call.saved.moment, slot) / A(rows.temperature);
-  const A peak = at<A>(call.saved.peak, slot), log_total = at<A>(call.saved.log_total, slot);
-  const A mean = at<A>(call.saved.mean, slot);
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const int64_t column = begin + i * step + lane;
-      const A below = x[i][lane] - peak, log_q = below * inverse - log_total, q = power_of_two(log_q * A(kLog2E));
-      A of_p = q == 0 ? A(0) : p_over_q * (log_q + more);
-      if (kMasked && column >= 0 && column < rows.vocab_size && !rows.column_mask[column]) of_p = 0;
-      dx[lane] = q * (grad * inverse) * (mass - entropy - of_p);
-      if (through != 0) dx[lane] -= (below - mean) * through;
-      if (below == A(-INFINITY)) dx[lane] = 0;
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        const int64_t column = begin + i * step + lane;
+        const A below = x[i][lane] - peak, log_q = below * inverse - log_total, q = power_of_two(log_q * A(kLog2E));
+        A of_p = q == 0 ? A(0) : p_over_q * (log_q + more);
+        if (kMasked && column >= 0 && column < rows.vocab_size && !rows.column_mask[column]) of_p = 0;
+        x[i][lane] = q * (grad * inverse) * (mass - entropy - of_p);
+        if (through != 0) x[i][lane] -= (below - mean) * through;
+        if (below == A(-INFINITY)) x[i][lane] = 0;
+      }
     }
-    store(out, begin + i * step, rows.width, dx);
-  }
+  };
+  write_stretch<T>(rows, call.slot_of, call.grad_values, stretches, gradient);
 }
 
 // Owns a slot with each thread: dl/d(log scale) = grad (entropy - mass).
 template <class A>
 __global__ void backward_of_log_scale(RowEntropyBackward call) {
   const int64_t slot = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (slot >= call.rows.sequences * call.rows.slots) return;
+  if (slot >= slots_of(call.rows)) return;
   const A entropy = at<A>(call.saved.entropy, slot), mass = at<A>(call.saved.mass, slot);
   put<A>(call.grad_log_scale, slot, at<A>(call.grad, slot) * (entropy - mass));
 }
@@ -168,7 +156,7 @@ template <class T>
 void launch_forward(const RowEntropyForward& call, void* stream) {
   using A = Accumulator<T>;
   const RowShape row = shape_of_row(call.rows.vocab_size, kLanes<T>);
-  const Shape shape{call.rows.all_slots() * row.cluster, row.threads, row.cluster, kOverCluster<EntropySums<A>>};
+  const Shape shape{call.rows.all_slots() * row.cluster, row.threads, row.cluster, kJoin<EntropySums<A>>};
   const auto kernel = call.rows.column_mask   ? call.rows.standardize ? forward<T, true, true> : forward<T, true, false>
                       : call.rows.standardize ? forward<T, false, true>
                                               : forward<T, false, false>;
@@ -177,13 +165,8 @@ void launch_forward(const RowEntropyForward& call, void* stream) {
 
 template <class T>
 void launch_backward(const RowEntropyBackward& call, void* stream) {
-  using A = Accumulator<T>;
-  const unsigned threads = threads_of_a_block(kThreads);
-  write_slots(call.rows, call.slot_of, stream);
-  const int64_t stretches = stretches_of(call.rows.width, kLanes<T>, kBatch);
-  launch(call.rows.column_mask ? backward<T, true> : backward<T, false>,
-         Shape{call.rows.all_positions() * stretches, threads, 1, 0}, stream, call, stretches);
-  launch(backward_of_log_scale<A>, Shape{(call.rows.all_slots() + threads - 1) / threads, threads, 1, 0}, stream, call);
+  launch_stretches<T>(call.rows.column_mask ? backward<T, true> : backward<T, false>, call, stream);
+  launch_slots(backward_of_log_scale<Accumulator<T>>, call, stream);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mlot_kernels import Logits, Rows, gather_columns, rank_truncate
+from tests.conftest import backends_of
 from tests.properties import given, st
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(2, 12))
@@ -58,6 +59,19 @@ def test_equal_sums_stand_in_the_order_of_their_columns():
     x[1, :, 4] = 1
     assert rank_truncate(x, k=4).columns.tolist() == [[0, 1, 2, 3], [4, 0, 1, 2]]
     assert rank_truncate(x, k=3, scope="token").columns[1, 0].tolist() == [4, 0, 1]
+
+
+@pytest.mark.parametrize("backend", backends_of("rank_truncate"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("k", [7, 300])
+def test_many_ties_stand_in_the_order_of_their_columns(backend, dtype, k):
+    """Equal logits are equal sums, to the bit, whichever threads make them; the k-th is one of many."""
+    x = torch.randn(1, 1, 1003).mul(2).round().to(dtype).expand(1, 3, -1).contiguous()
+    looked_at = torch.arange(1003) % 3 > 0
+    expected = x[0, 0].masked_fill(~looked_at, float("-inf")).argsort(descending=True, stable=True)[:k]
+    for scope in ("sequence", "token"):
+        ranked = rank_truncate(Logits(x, columns=looked_at), k=k, scope=scope, backend=backend)
+        assert (ranked.columns == expected).all()
 
 
 def test_columns_left_out_come_last_with_probability_zero():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, Prepared, Ranked, prepare
 from mlot_kernels.native import native
@@ -21,16 +22,29 @@ _SAVED = "Tensor peak, Tensor log_total, Tensor expected, Tensor mean, Tensor sc
 _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor kept_mass, {_SAVED})"
 
 _TRITON = "mlot_kernels.ops.rank_truncate.triton_kernels"
+_MOST_TEMPERATURES = 16  # of a CUDA kernel, whose arguments they are
+
+_cuda = native("cuda", "rank_truncate_forward")
+_missing = getattr(_cuda, "refuses", lambda *_: None)
+
+
+def _cuda_refuses(*arguments: Any) -> str | None:
+    if len(arguments[5]) > _MOST_TEMPERATURES:
+        return f"it takes at most {_MOST_TEMPERATURES} temperatures"
+    return _missing(*arguments)
+
 
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "rank_truncate_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": refusing(_cuda, _cuda_refuses),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "rank_truncate_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "rank_truncate_backward"),
 }
 
 

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "mlot/cpu/logits.h"
+#include "mlot/rank_scope.h"
 
 namespace mlot {
-
-enum class RankScope { sequence, batch, token };
 
 // Outputs are written in full, zeros beyond the counted rows. R temperatures.
 struct RankTruncateForward {

@@ -8,6 +8,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #define MLOT_SHARED_MEMORY(T, name)                          \
   extern __shared__ __align__(16) unsigned char name##_of[]; \
@@ -51,7 +52,15 @@ __device__ inline void narrow(double x, double& y) { y = x; }
 __device__ inline void narrow(float x, bfloat16& y) { y = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, float16& y) { y = __float2half_rn(x); }
 
+#ifdef __CUDA_ARCH__
+__device__ inline float power_of_two(float x) {  // one instruction; what is below 2^-126 is 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
 __device__ inline float power_of_two(float x) { return exp2f(x); }
+#endif
 __device__ inline double power_of_two(double x) { return exp2(x); }
 __device__ inline float larger(float x, float y) { return fmaxf(x, y); }  // passes over NaN
 __device__ inline double larger(double x, double y) { return fmax(x, y); }
@@ -133,6 +142,27 @@ __device__ inline void store(T* row, int64_t first, int64_t end, const Accumulat
   }
 }
 
+// Starts the copy of 16 bytes into shared memory. What a thread starts between two calls of `end_of_copies` is a group.
+__device__ inline void start_copy(uint4* to, const uint4* from) { __pipeline_memcpy_async(to, from, sizeof(uint4)); }
+__device__ inline void end_of_copies() { __pipeline_commit(); }
+
+// Waits for the groups that this thread has ended, but for the last one.
+__device__ inline void wait_for_all_but_one() { __pipeline_wait_prior(1); }
+
+// The vector that begins `shift` bytes, a multiple of T's size below 16, behind `lines`.
+template <class T>
+__device__ inline Vector<T> vector_at(const uint4* lines, unsigned shift) {
+  Vector<T> v;
+#ifdef __CUDA_ARCH__
+  uint4 low = lines[0];
+  if (shift) low = bytes_from<T>(low, lines[1], shift);
+  memcpy(&v, &low, sizeof(v));
+#else
+  memcpy(&v, reinterpret_cast<const unsigned char*>(lines) + shift, sizeof(v));
+#endif
+  return v;
+}
+
 // How many columns of a row lie behind the last multiple of 16 bytes in front of it.
 template <class T>
 __device__ inline int columns_past_alignment(const T* row) {
@@ -141,13 +171,13 @@ __device__ inline int columns_past_alignment(const T* row) {
 
 // Clusters of blocks. Where the chip has none, a block is its own cluster.
 
+constexpr unsigned kMostBlocks = 8;  // of a cluster, on every chip that has them
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 __device__ inline unsigned cluster_size() { return __clusterSizeInBlocks(); }
-__device__ inline void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-}
+__device__ inline void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 template <class S>
 __device__ S* of_block(S* mine, unsigned rank) {
   return static_cast<S*>(__cluster_map_shared_rank(mine, rank));
@@ -155,51 +185,76 @@ __device__ S* of_block(S* mine, unsigned rank) {
 #else
 __device__ inline unsigned cluster_rank() { return 0; }
 __device__ inline unsigned cluster_size() { return 1; }
-__device__ inline void cluster_sync() { __syncthreads(); }
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() { __syncthreads(); }
 template <class S>
 __device__ S* of_block(S* mine, unsigned) {
   return mine;
 }
 #endif
 
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// What that lane of the warp holds, of any size. All lanes take part.
 template <class S>
-__device__ inline S from_lane(S value, int exclusive) {
+__device__ inline S from_lane(S value, int lane) {
   static_assert(sizeof(S) % sizeof(unsigned) == 0);
   unsigned words[sizeof(S) / sizeof(unsigned)];
   memcpy(words, &value, sizeof(S));
 #pragma unroll
-  for (unsigned& word : words) word = __shfl_xor_sync(~0u, word, exclusive);
+  for (unsigned& word : words) word = __shfl_sync(~0u, word, lane);
   memcpy(&value, words, sizeof(S));
   return value;
 }
 
-// Bytes of shared memory that `over_cluster` takes.
-template <class S>
-constexpr unsigned kOverCluster = (kWarp + 1) * sizeof(S);
+// What all lanes of a warp hold, joined; lane 0's may differ in bits from the others'.
+template <class S, class Join>
+__device__ inline S over_warp(S mine, Join join) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes; lanes /= 2) mine = join(mine, from_lane(mine, int(threadIdx.x % kWarp) ^ lanes));
+  return mine;
+}
 
-// What all threads of a cluster hold, joined in an order of its own: that of lanes, warps and blocks. Every thread
-// takes part and gets the same bits.
+// Joining what all threads of a cluster hold, in an order of its own: that of lanes, warps and blocks. S{} changes
+// nothing that it is joined with. Shared memory has room for kJoin<S>, 16-byte aligned.
+template <class S>
+constexpr unsigned kJoin = ((kWarp + 2 * kMostBlocks) * sizeof(S) + 15) / 16 * 16;
+
+// The first half: every block gets what this one holds. All blocks must have begun; `round` counts the joins in this
+// memory, of which two may be under way.
+template <class S, class Join>
+__device__ inline void offer_to_cluster(S mine, Join join, S* shared, unsigned round) {
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = (blockDim.x + kWarp - 1) / kWarp;
+  mine = over_warp(mine, join);
+  if (lane == 0) shared[warp] = mine;
+  __syncthreads();
+  if (warp == 0) {
+    mine = from_lane(over_warp(lane < warps ? shared[lane] : S{}, join), 0);
+    S* of_blocks = shared + kWarp + round % 2 * kMostBlocks;
+    if (lane < cluster_size()) *of_block(of_blocks + cluster_rank(), lane) = mine;
+  }
+  cluster_arrive();
+}
+
+// The second half: every thread gets the same bits.
+template <class S, class Join>
+__device__ inline S joined_over_cluster(Join join, const S* shared, unsigned round) {
+  cluster_wait();
+  const S* of_blocks = shared + kWarp + round % 2 * kMostBlocks;
+  S all = of_blocks[0];
+  for (unsigned rank = 1; rank < cluster_size(); ++rank) all = join(all, of_blocks[rank]);
+  return all;
+}
+
+// Both, at any place of a kernel.
 template <class S, class Join>
 __device__ inline S over_cluster(S mine, Join join, S* shared) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes; lanes /= 2) mine = join(mine, from_lane(mine, lanes));
-  const unsigned warp = threadIdx.x / kWarp, warps = (blockDim.x + kWarp - 1) / kWarp;
-  if (threadIdx.x % kWarp == 0) shared[warp] = mine;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (unsigned w = 1; w < warps; ++w) mine = join(mine, shared[w]);
-    shared[kWarp] = mine;
-  }
-  cluster_sync();
-  if (threadIdx.x == 0) {
-    mine = *of_block(shared + kWarp, 0);
-    for (unsigned r = 1; r < cluster_size(); ++r) mine = join(mine, *of_block(shared + kWarp, r));
-    shared[0] = mine;
-  }
-  __syncthreads();
-  mine = shared[0];
-  cluster_sync();  // nobody writes its shared memory again, or leaves, while it is read
-  return mine;
+  cluster_sync();  // all blocks have begun, and none reads what it got before
+  offer_to_cluster(mine, join, shared, 0);
+  return joined_over_cluster(join, shared, 0);
 }
 
 }  // namespace mlot::cuda

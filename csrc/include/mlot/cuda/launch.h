@@ -23,13 +23,18 @@ inline void check(cudaError_t error, const char* what) {
 
 inline unsigned threads_of_a_block(unsigned usual) { return usual; }
 
-// The largest cluster up to `most` that the current device has.
-inline unsigned most_in_a_cluster(unsigned most) {
-  int device = 0, major = 0;
+inline int of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  return major >= 9 ? most : 1;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
+
+// The largest cluster that the current device has.
+inline unsigned most_in_a_cluster() { return of_device(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMostBlocks : 1; }
+
+// Bytes of shared memory that a block may ask for.
+inline unsigned most_shared_bytes() { return unsigned(of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 
 template <class... P>
 void launch(void (*kernel)(P...), const Shape& shape, void* stream, const P&... arguments) {
@@ -45,6 +50,11 @@ void launch(void (*kernel)(P...), const Shape& shape, void* stream, const P&... 
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1;
+  constexpr unsigned kUnasked = 48 << 10;  // what a block may have without a word
+  if (shape.shared_bytes > kUnasked) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)),
+          "cudaFuncSetAttribute");
+  }
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel of mlot_kernels was not launched");
 }
 
@@ -57,7 +67,9 @@ inline unsigned from_environment(const char* name, unsigned otherwise) {
 
 inline unsigned threads_of_a_block(unsigned) { return from_environment("MLOT_ON_HOST_THREADS", 64); }
 
-inline unsigned most_in_a_cluster(unsigned) { return from_environment("MLOT_ON_HOST_CLUSTER", 1); }
+inline unsigned most_in_a_cluster() { return from_environment("MLOT_ON_HOST_CLUSTER", 1); }
+
+inline unsigned most_shared_bytes() { return 227 << 10; }
 
 template <class... P>
 void launch(void (*kernel)(P...), const Shape& shape, void*, const P&... arguments) {
@@ -75,9 +87,9 @@ struct RowShape {
   unsigned threads, cluster;
 };
 
-inline RowShape shape_of_row(int64_t columns, int lanes) {
-  constexpr unsigned kMost = 8, kVectors = 2;
-  const unsigned threads = threads_of_a_block(kThreads), most = most_in_a_cluster(kMost);
+inline RowShape shape_of_row(int64_t columns, int lanes, unsigned usual_threads = kThreads) {
+  constexpr unsigned kVectors = 2;
+  const unsigned threads = threads_of_a_block(usual_threads), most = most_in_a_cluster();
 #ifdef __CUDACC__
   unsigned cluster = 1;
   while (cluster < most && int64_t(2 * cluster) * threads * lanes * kVectors <= columns) cluster *= 2;
@@ -86,12 +98,6 @@ inline RowShape shape_of_row(int64_t columns, int lanes) {
   (void)columns, (void)lanes, (void)kVectors;
   return {threads, most};
 #endif
-}
-
-// How many blocks of `batch` vectors for each thread a row of a gradient takes, wherever it starts.
-inline int64_t stretches_of(int64_t columns, int lanes, int batch) {
-  const int64_t each = int64_t(threads_of_a_block(kThreads)) * batch * lanes;
-  return (columns + lanes - 1 + each - 1) / each;
 }
 
 }  // namespace mlot::cuda

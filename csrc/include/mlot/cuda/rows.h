@@ -22,6 +22,8 @@ __device__ inline const T* row_of(const LogitsRows& rows, int64_t slot) {
   return static_cast<const T*>(rows.values) + slot / rows.slots * rows.batch_stride + position * rows.row_stride;
 }
 
+__device__ inline int64_t slots_of(const LogitsRows& rows) { return rows.sequences * rows.slots; }
+
 template <class A>
 __device__ inline A at(const void* scalars, int64_t i, A otherwise = 0) {
   return scalars ? static_cast<const A*>(scalars)[i] : otherwise;
@@ -72,7 +74,7 @@ struct Scale {
   A peak = -INFINITY, mean = 0, scale = 1, slope = 0;
 };
 
-// Reads the row once; every thread of the cluster gets the same. `shared` has room for kOverCluster<Deviation<A>>.
+// Reads the row once; every thread of the cluster gets the same. `shared` has room for kJoin<Deviation<A>>.
 template <class T, class A = Accumulator<T>>
 __device__ inline Scale<A> standardized(const T* row, int64_t end, void* shared) {
   Deviation<A> mine;

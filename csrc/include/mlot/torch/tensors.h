@@ -84,4 +84,9 @@ inline SavedScalars<const void*> pointers(const SavedTensors& saved) {
   return {at(0), at(1), at(2), at(3), at(4), at(5)};
 }
 
+inline SavedScalars<void*> mutable_pointers(const SavedTensors& saved) {
+  const auto at = [&](int i) { return saved[i].mutable_data_ptr(); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
+}
+
 }  // namespace mlot
