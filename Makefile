@@ -24,16 +24,19 @@ CUDA ?= 13.0
 demo: $(STAMP)
 	$(BIN)/python -m examples.distill --output demo
 
+# Some tests take minutes: a worker that is done takes what another has before it.
+PARALLEL := -n auto --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: $(STAMP)
-	MLOT_TEST_FULL=1 $(BIN)/python -m pytest -n auto
+	MLOT_TEST_FULL=1 $(BIN)/python -m pytest $(PARALLEL)
 	MLOT_TEST_FULL=1 $(MAKE) test-triton-3.6
 
 # The Triton kernels alone, interpreted and compiled ahead of time; MLOT_TEST_FULL=1 for all of it.
 test-triton-3.6: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python -m pytest -n auto tests/triton
+	$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) tests/triton
 
 # nvcc into the environment, where there is none: the next target builds the CUDA kernels, which no GPU is needed for.
 cuda-build: $(VENV)/.cuda-build
@@ -90,7 +93,7 @@ $(VENV)/.cuda-build: $(VENV)/.torch
 $(OLDEST_VENV)/.installed:
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TRITON) pytest pytest-xdist
+	$(OLDEST_VENV)/bin/python -m pip install -q --disable-pip-version-check $(OLDEST_TRITON) pytest pytest-xdist "scipy>=1.11"
 	touch $@
 
 $(VENV)/.wheels: $(VENV)/.torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -113,9 +114,13 @@ def test_a_torch_that_is_too_old_is_refused_by_name(monkeypatch):
 @pytest.mark.skipif(
     os.environ.get("MLOT_TEST_WHEEL") != "1", reason="MLOT_TEST_WHEEL=1 builds a wheel with all native libraries"
 )
-def test_a_native_wheel_is_right_and_works(tmp_path):
+def test_a_native_wheel_is_right_and_works(tmp_path, monkeypatch):
     """Of the objects that this installation was built from, with the toolkit that it was built with."""
+    monkeypatch.syspath_prepend(check.ROOT / "csrc")
+    toolchain = importlib.import_module("mlot_toolchain")
     built = json.loads((native.FOLDER / "_build.json").read_text())
+    if built["cuda"]:
+        monkeypatch.setenv("CUDA_HOME", str(toolchain.find_toolkit().home))
     wheel = build.build(built["cuda"] or "none", tmp_path / "dist")
     assert list(check.problems(wheel)) == []
     python = check.environment(tmp_path / "clean", check.BORROWED)
