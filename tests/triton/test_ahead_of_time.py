@@ -50,6 +50,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64) if FULL e
 NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 REGISTERS, STACK = (128, 0) if NEW else (160, 16)
 
+RESIDENT = 224  # of a whole problem and its scalings, which these hold on purpose, a few warps to a program
 VOCABULARIES = [(151_936, 151_936), (50_257, 50_257), (151_665, 151_936)]  # columns, and the stride of rows
 FEATURES = [(256, 256, 50), (1, 37, 1)]  # rows of either side, and their width
 # A gradient, and sides: what one program holds, or goes through; tiles of whole rows, and of all of a slab's.
@@ -245,7 +246,7 @@ def check(compile_only, tmp_path, monkeypatch):
             if dtype != torch.float64:
                 assert used["STACK"] <= STACK, (name, used)
                 assert used["LOCAL"] == 0, (name, used)
-                assert used["REG"] <= REGISTERS, (name, used)
+                assert used["REG"] <= (RESIDENT if "resident" in name else REGISTERS), (name, used)
             if name in vectors:
                 assert re.search(r"ld\.global[.\w:]*\.v[24]\.", kernel.asm["ptx"]), f"{name} loads single elements"
         return launched
