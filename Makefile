@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 OLDEST_TRITON ?= triton==3.6.0 "numpy>=1.26,<2.4"
 OLDEST_VENV   := .venv-triton-3.6
 
-NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h")
+NATIVE := setup.py $(shell find csrc -name "*.cpp" -o -name "*.cu" -o -name "*.h" -o -name "*.py")
 
 # Of a wheel: a version such as 13.0, none (the CPU kernels alone) or python (no native library).
 CUDA ?= 13.0

@@ -111,10 +111,15 @@ def find_toolkit() -> Toolkit:
     raise Missing(f"there is no nvcc: {where}; install a CUDA toolkit, or pip install 'mlot-kernels[cuda-build]'")
 
 
-def toolkit_of(nvcc: Path) -> Toolkit:
+def version_of(nvcc: Path) -> tuple[int, int]:
+    """As nvcc tells it; (0, 0) where it does not."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
-    version = (int(release[1]), int(release[2])) if release else (0, 0)
+    return (int(release[1]), int(release[2])) if release else (0, 0)
+
+
+def toolkit_of(nvcc: Path) -> Toolkit:
+    version = version_of(nvcc)
     if version < OLDEST_CUDA:
         oldest = "{}.{}".format(*OLDEST_CUDA)
         raise Missing(f"{nvcc} is CUDA {version[0]}.{version[1]}; the kernels need {oldest} or newer")

@@ -47,11 +47,16 @@ def load(library: str, folder: Path = FOLDER) -> str | None:
     return None
 
 
-def _why_it_was_not_built(library: str, folder: Path) -> str:
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the build wrote of itself; nothing where there was none."""
     path = folder / "_build.json"
-    if not path.exists():
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _why_it_was_not_built(library: str, folder: Path) -> str:
+    facts = _facts(folder)
+    if not facts:
         return "it was never built"
-    facts = json.loads(path.read_text())
     return str(facts.get("missing") or facts.get(f"missing_{library}") or "it was removed after the build")
 
 
@@ -64,8 +69,7 @@ def load_cuda(folder: Path = FOLDER) -> str | None:
         return load("cuda", Path(on_host))
     if torch.version.cuda is None:
         return "this torch has no CUDA; install one that has, and mlot-kernels again beside it"
-    facts = json.loads(path.read_text()) if (path := folder / "_build.json").exists() else {}
-    return too_new_for_the_driver(facts.get("cuda"), driver()) or load("cuda", folder)
+    return too_new_for_the_driver(_facts(folder).get("cuda"), driver()) or load("cuda", folder)
 
 
 def driver(library: str = "libcuda.so.1") -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine", "cross_entropy")
 MARGINALS = ("uniform", "unit")
@@ -18,6 +20,17 @@ TENSORS_SCHEMA = (
     "Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, Tensor? column_lengths, Tensor? column_weight"
 )
 OPTIONS_SCHEMA = "float epsilon, int iterations, str marginals, float tolerance, str domain, str gradient"
+
+
+def refusing_implicit(forward: Callable[..., Any], gradient: int) -> Callable[..., Any]:
+    """A backend's ``forward`` without ``gradient="implicit"``, the argument of number ``gradient``."""
+
+    def refuses(*arguments: Any) -> str | None:
+        if arguments[gradient] == "implicit":
+            return "it has no gradient='implicit'; pass gradient='unrolled', or backend='reference'"
+        return None
+
+    return refusing(forward, refuses)
 
 
 class Transport(NamedTuple):

@@ -17,6 +17,9 @@ FULL = os.environ.get("MLOT_TEST_FULL") == "1"
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # as in the process that tests/triton/test_interpreter.py starts
+of_triton = pytest.mark.skipif(
+    not INTERPRETED, reason="Triton's alone: tests/triton/test_interpreter.py runs it where Triton interprets"
+)
 CUDA_ON_HOST = "MLOT_CUDA_ON_HOST" in os.environ  # as in the processes of tests/native/test_cuda_on_host.py
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 

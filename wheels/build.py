@@ -2,8 +2,8 @@
 
 A variant is a CUDA version such as 13.0, ``none`` (the CPU kernels alone) or ``python`` (no native library). A toolkit
 in CUDA_HOME is used for its own version; without one, nvcc and what it needs are fetched from the package index, which
-has them from CUDA 13.0 on. Built twice from one commit, a wheel is the same to the byte: its times are the commit's,
-and no path of the machine is in it.
+has them from CUDA 13.0 on. Files bear the commit's time and libraries no path of the machine, so that a wheel which is
+built twice from one commit is the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import mlot_toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILDS = ROOT / "build"
@@ -56,13 +58,10 @@ def toolkit(cuda: str, environment: Mapping[str, str] = os.environ) -> Path:
         nvcc = Path(home) / "bin/nvcc"
         if not nvcc.exists():
             raise SystemExit(f"CUDA_HOME={home} has no bin/nvcc; name a CUDA {cuda} toolkit, or unset it")
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        found = re.search(r"release (\d+\.\d+)", said)
-        if not found or found[1] != cuda:
-            raise SystemExit(
-                f"CUDA={cuda}, and CUDA_HOME={home} is {found[1] if found else 'of no version that it tells'}; "
-                f"name a CUDA {cuda} toolkit, or unset it"
-            )
+        found = mlot_toolchain.version_of(nvcc)
+        if found != release:
+            told = "{}.{}".format(*found) if any(found) else "of no version that it tells"
+            raise SystemExit(f"CUDA={cuda}, and CUDA_HOME={home} is {told}; name a CUDA {cuda} toolkit, or unset it")
         return Path(home)
     if release < FIRST_IN_THE_INDEX:
         raise SystemExit(

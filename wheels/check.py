@@ -55,9 +55,10 @@ def problems(wheel: Path) -> Iterator[str]:
             library = Path(archive.extract(name, folder))
             for problem in problems_of_library(library, library.stem.lstrip("_")):
                 yield f"{library.name}: {problem}"
-            if library.name == "_cuda.so" and architectures(library) != set(facts(wheel)["cuda_architectures"]):
-                built = ", ".join(sorted(architectures(library)))
-                yield f"_cuda.so: it holds code for {built}; _build.json says another"
+            if library.name == "_cuda.so":
+                built = architectures(library)
+                if built != set(facts(wheel)["cuda_architectures"]):
+                    yield f"_cuda.so: it holds code for {', '.join(sorted(built))}; _build.json says another"
 
 
 def problems_of_content(names: set[str], variant: str) -> Iterator[str]:

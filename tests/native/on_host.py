@@ -15,7 +15,7 @@ SOURCES = ROOT / "csrc"
 HEADERS = Path(__file__).parent
 FOLDER = ROOT / "build/cuda-on-host"
 COMPILER = shutil.which("g++")
-STABLE = "0x020a000000000000"  # as in setup.py
+STABLE = "0x020a000000000000"  # as in csrc/mlot_toolchain.py
 
 
 def why_not() -> str | None:

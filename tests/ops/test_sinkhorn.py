@@ -4,7 +4,7 @@ import torch
 from mlot_kernels import BackendUnavailable, sinkhorn
 from mlot_kernels.ops.sinkhorn import reference
 from mlot_kernels.transport import DOMAINS
-from tests.conftest import INTERPRETED, backends_of
+from tests.conftest import backends_of, of_triton
 from tests.properties import given, st
 
 BACKENDS = backends_of("sinkhorn")
@@ -13,9 +13,6 @@ IMPLICIT = [name for name in BACKENDS if name != "triton"]  # which refuses it: 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_kernels = pytest.mark.parametrize("backend", KERNELS)
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
-of_triton = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton's alone: tests/triton/test_interpreter.py runs it where Triton interprets"
-)
 
 
 def published_loop(cost: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:

@@ -3,7 +3,7 @@ import torch
 
 from mlot_kernels import BackendUnavailable, pairwise_cost, sinkhorn, transport_cost
 from mlot_kernels.transport import METRICS
-from tests.conftest import INTERPRETED, backends_of
+from tests.conftest import backends_of, of_triton
 from tests.dispatch_modes import Allocations
 
 BACKENDS = backends_of("transport_cost")
@@ -108,9 +108,7 @@ def test_costs_stand_in_scratch_a_few_problems_at_a_time(backend, monkeypatch):
         assert torch.equal(parted, together)
 
 
-@pytest.mark.skipif(
-    not INTERPRETED, reason="Triton's alone: tests/triton/test_interpreter.py runs it where Triton interprets"
-)
+@of_triton
 def test_triton_refuses_the_implicit_gradient():
     with pytest.raises(BackendUnavailable, match=r"transport_cost: backend 'triton': it has no gradient='implicit'"):
         transport_cost(torch.rand(1, 3, 2), torch.rand(1, 4, 2), gradient="implicit", backend="triton")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -116,11 +115,9 @@ def test_a_torch_that_is_too_old_is_refused_by_name(monkeypatch):
 )
 def test_a_native_wheel_is_right_and_works(tmp_path, monkeypatch):
     """Of the objects that this installation was built from, with the toolkit that it was built with."""
-    monkeypatch.syspath_prepend(check.ROOT / "csrc")
-    toolchain = importlib.import_module("mlot_toolchain")
     built = json.loads((native.FOLDER / "_build.json").read_text())
     if built["cuda"]:
-        monkeypatch.setenv("CUDA_HOME", str(toolchain.find_toolkit().home))
+        monkeypatch.setenv("CUDA_HOME", str(build.mlot_toolchain.find_toolkit().home))
     wheel = build.build(built["cuda"] or "none", tmp_path / "dist")
     assert list(check.problems(wheel)) == []
     python = check.environment(tmp_path / "clean", check.BORROWED)

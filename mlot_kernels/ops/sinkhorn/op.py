@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
-from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.sinkhorn import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
-from mlot_kernels.transport import OPTIONS_SCHEMA, TENSORS_SCHEMA, Transport, prepare_options
+from mlot_kernels.transport import OPTIONS_SCHEMA, TENSORS_SCHEMA, Transport, prepare_options, refusing_implicit
 
 _INPUTS = f"Tensor cost, {TENSORS_SCHEMA}"
 _OPTIONS = f"{OPTIONS_SCHEMA}, bool return_plan, str backend"
@@ -24,17 +23,10 @@ _OUTPUTS = (
 
 _TRITON = "mlot_kernels.ops.sinkhorn.triton_kernels"
 
-
-def _triton_refuses(*arguments: Any) -> str | None:
-    if arguments[11] == "implicit":
-        return "it has no gradient='implicit'; pass gradient='unrolled', or backend='reference'"
-    return None
-
-
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "sinkhorn_forward"),
-    "triton": refusing(lazy(_TRITON, "forward"), _triton_refuses),
+    "triton": refusing_implicit(lazy(_TRITON, "forward"), 11),
 }
 BACKWARD = {
     "reference": reference.backward,

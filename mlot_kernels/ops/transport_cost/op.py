@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
-from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.transport_cost import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
@@ -19,6 +18,7 @@ from mlot_kernels.transport import (
     Transport,
     TransportOptions,
     prepare_options,
+    refusing_implicit,
 )
 
 _INPUTS = f"Tensor x, Tensor y, {TENSORS_SCHEMA}, str metric, {OPTIONS_SCHEMA}"
@@ -27,17 +27,10 @@ _OUTPUTS = f"(Tensor transported, Tensor regularized, {_SAVED})"
 
 _TRITON = "mlot_kernels.ops.transport_cost.triton_kernels"
 
-
-def _triton_refuses(*arguments: Any) -> str | None:
-    if arguments[13] == "implicit":
-        return "it has no gradient='implicit'; pass gradient='unrolled', or backend='reference'"
-    return None
-
-
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "transport_cost_forward"),
-    "triton": refusing(lazy(_TRITON, "forward"), _triton_refuses),
+    "triton": refusing_implicit(lazy(_TRITON, "forward"), 13),
 }
 BACKWARD = {
     "reference": reference.backward,
