@@ -41,12 +41,16 @@ class Sizes:
         self.device = cost.device
 
     def tiles(self, kernel: str) -> dict[str, Any]:
-        """What a kernel of slabs is launched with: a tile has ``TILE`` elements, half as many in float64."""
+        """What a kernel of slabs is launched with: a tile has ``TILE`` elements, half as many in float64.
+
+        Tiles of whole rows have at most ``ROWS`` of them, where the kernel names some: narrow problems' would spill.
+        """
         launch = dict(launch_options(kernel, self.device))
+        most_rows = launch.pop("ROWS", self.S)
         elements = launch.pop("TILE") // (2 if self.double else 1)
         C = max(triton.next_power_of_2(max(self.N, 1)), 16)
         whole = min(WIDEST, elements) >= C
-        R = min(elements // C, self.S) if whole else self.S
+        R = min(elements // C, self.S, most_rows) if whole else self.S
         return {"S": self.S, "R": R, "C": C if whole else elements // R, "WHOLE": whole, **launch}
 
     def columns(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:

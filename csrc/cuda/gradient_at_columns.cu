@@ -24,7 +24,7 @@ template <class A>
 __device__ inline double upstream(const GradientAtColumns& call, int r, int64_t slot, int64_t i) {
   const int64_t of_first = slot * call.k + i;
   double h = at<A>(call.grad_log_p, r * slots_of(call.rows) * call.k + of_first);
-  if (r == 0) h += double(at<A>(call.grad_mass, slot)) * exp(double(at<A>(call.log_p, of_first)));
+  if (r == 0 && call.grad_mass) h += double(at<A>(call.grad_mass, slot)) * exp(double(at<A>(call.log_p, of_first)));
   return h;
 }
 
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kFewThreads) coefficients(GradientAtColumns ca
   }
   const int64_t* columns = columns_of(call, slot);
   const A peak = at<A>(call.saved.peak, slot);
-  const double scale = at<A>(call.saved.scale, slot);
+  const double scale = at<A>(call.saved.scale, slot), of_lse = at<A>(call.grad_lse, slot);
   double all_temperatures = 0, deviation_part = 0;
   for (int r = 0; r < call.temperatures.count; ++r) {
     UpstreamSums mine;
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kFewThreads) coefficients(GradientAtColumns ca
     };
     const UpstreamSums all = over_cluster(mine, add, shared);
     const double temperature = call.temperatures.at[r], log_total = at<A>(call.saved.log_total, r * slots + slot);
-    const double moment =
-        all.moment - double(peak) * all.absent - all.total * double(at<A>(call.saved.expected, r * slots + slot));
+    const double shared_by_all = all.total - of_lse, expected = at<A>(call.saved.expected, r * slots + slot);
+    const double moment = all.moment + double(peak) * (of_lse - all.absent) - shared_by_all * expected;
     all_temperatures += all.total;
     deviation_part += moment / temperature;
     if (threadIdx.x == 0) {
-      put<A>(call.weight, r * slots + slot, -all.total * exp(-log_total) / (temperature * scale));
+      put<A>(call.weight, r * slots + slot, -shared_by_all * exp(-log_total) / (temperature * scale));
     }
   }
   if (threadIdx.x != 0) return;

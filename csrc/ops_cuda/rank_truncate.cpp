@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor> rank_truncate_backward(const Tensor& grad_log_probabi
                                .temperatures = checked,
                                .grad_log_p = given.grad_log_probabilities.const_data_ptr(),
                                .grad_mass = given.grad_kept_mass.const_data_ptr(),
+                               .grad_lse = nullptr,
                                .log_p = given.log_probabilities.const_data_ptr(),
                                .columns = static_cast<const int64_t*>(given.columns.const_data_ptr()),
                                .columns_of_each_row = given.columns.dim() == 3,

@@ -48,7 +48,7 @@ def test_operators_on_the_host(operator, threads, cluster, order):
             "pytest",
             "tests/test_contract.py",
             f"tests/ops/test_{operator}.py",
-            f"-k=({operator}-cuda and ({ALL if FULL else QUICK})) or (ties and cuda)",
+            f"-k=({operator}-cuda and ({ALL if FULL else QUICK})) or ((ties or equals) and cuda)",
             "-pno:cacheprovider",
             "-pno:xdist",
             "--color=no",

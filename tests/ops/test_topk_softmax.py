@@ -89,6 +89,23 @@ def test_more_equals_than_there_is_room_for(dtype, backend):
         assert ((ours[:, 4] >= 0) & (ours[:, 4] < 700)).all(), "of NaN they mean nothing, but are columns"
 
 
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_rows_of_equals_and_others_are_ranked_as_by_a_sort(dtype, backend):
+    """Rows of many more columns than candidates have room: few reach a threshold, or thousands do."""
+    x = torch.randn(1, 4, 6000).to(dtype)
+    x[0, 1] = 1
+    x[0, 2] = x[0, 2].clamp(max=0)
+    x[0, 3, 100:] = float("-inf")
+    for columns in (None, torch.arange(6000) % 5 > 3, torch.arange(6000) >= 5990):
+        values = x if columns is None else x.masked_fill(~columns, float("-inf"))
+        order = values.sort(dim=-1, descending=True, stable=True).indices
+        if columns is not None:  # those left out come behind -inf
+            order = order.gather(2, (~columns[order]).to(torch.uint8).argsort(dim=-1, stable=True))
+        top = topk_softmax(Logits(x, columns=columns), 20, backend=backend)
+        assert torch.equal(top.columns, order[..., :20])
+
+
 def test_logits_whose_probabilities_are_rounded_to_one_keep_their_order():
     x = torch.tensor([[1.0, 1.0 + 2**-23, -1.0, 1e-30]])
     top = topk_softmax(Logits(x, temperature=100.0), 4)

@@ -25,11 +25,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "topk_softmax_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": native("cuda", "topk_softmax_forward"),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "topk_softmax_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "topk_softmax_backward"),
 }
 
 

@@ -12,8 +12,9 @@ struct GradientAtColumns {
   LogitsRows rows;
   Temperatures temperatures;
   const void* grad_log_p;  // [R, B, A, k], dense
-  const void* grad_mass;   // [B, A], of the sum of exp(log_p) at the first temperature
-  const void* log_p;       // [R, B, A, k], dense
+  const void* grad_mass;   // [B, A], of the sum of exp(log_p) at the first temperature; or null
+  const void* grad_lse;    // [B, A], of the normaliser's log where there is one temperature; or null
+  const void* log_p;       // [R, B, A, k], dense; needed for grad_mass alone
   const int64_t* columns;  // [B, k], or [B, A, k]; they may repeat
   bool columns_of_each_row;
   int64_t k;

@@ -87,17 +87,24 @@ constexpr int kStatisticsBatch = 2;  // vectors that a thread reads before it us
 template <class A, int kCount>
 constexpr unsigned kStatisticsBytes = kCount > 1 ? kJoin<ExponentialSums<A, kCount>> : kJoin<Deviation<A>>;
 
+struct LooksAtNothing {
+  template <class A, int kBatch, int kLanes>
+  __device__ void operator()(int64_t, int64_t, const A (&)[kBatch][kLanes]) const {}
+};
+
 // A cluster reads a row once, standardized twice; every thread gets the same. At `temperature` and, where kCount is 2,
-// at half of it.
-template <bool kStandardize, int kCount, class T, class A = Accumulator<T>>
+// at half of it. `look` gets the vectors that the sums are made of, as for_vectors passes them.
+template <bool kStandardize, int kCount, class T, class Look = LooksAtNothing, class A = Accumulator<T>>
 __device__ inline RowStatistics<A, kCount> statistics(const T* row, const LogitsRows& rows, double temperature,
-                                                      void* shared) {
+                                                      void* shared, Look look = {}) {
   using Sums = ExponentialSums<A, kCount>;
+  constexpr int kBatch = kStatisticsBatch;
   RowStatistics<A, kCount> made;
   if constexpr (kStandardize) made.scale = standardized(row, rows.vocab_size, shared);
   const A factor = A(kLog2E / (temperature * double(made.scale.scale)));
   Sums mine;
-  for_vectors<kStatisticsBatch>(row, rows.vocab_size, [&](int64_t, int64_t, const A(&x)[kStatisticsBatch][kLanes<T>]) {
+  for_vectors<kBatch>(row, rows.vocab_size, [&](int64_t first, int64_t step, const A(&x)[kBatch][kLanes<T>]) {
+    look(first, step, x);
     const A below = raise_to(mine, x, factor);
 #pragma unroll
     for (const auto& vector : x) {

@@ -34,13 +34,15 @@ __device__ inline void put(void* scalars, int64_t i, double x) {
   static_cast<A*>(scalars)[i] = A(x);
 }
 
-// Calls use(first column, its kBatch vectors) for this thread's share of a row, -inf behind `end`: kBatch loads are on
-// their way at once.
+// Calls use(first column, step, kBatch vectors of which number i begins i steps behind the first) for this thread's
+// share of a row, -inf behind `end`: kBatch loads are on their way at once. All lanes of a warp take part in each call,
+// and their vectors number i are neighbours.
 template <int kBatch, class T, class Use>
 __device__ inline void for_vectors(const T* row, int64_t end, Use use) {
-  const int64_t step = int64_t(blockDim.x) * kLanes<T>;
+  const int64_t step = int64_t(blockDim.x) * kLanes<T>, lane = threadIdx.x % kWarp;
   const int64_t stride = cluster_size() * step * kBatch;
-  for (int64_t first = cluster_rank() * step * kBatch + threadIdx.x * kLanes<T>; first < end; first += stride) {
+  for (int64_t first = cluster_rank() * step * kBatch + threadIdx.x * kLanes<T>; first - lane * kLanes<T> < end;
+       first += stride) {
     Accumulator<T> x[kBatch][kLanes<T>];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) load(row, first + i * step, end, Accumulator<T>(-INFINITY), x[i]);
