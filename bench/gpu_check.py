@@ -93,6 +93,7 @@ def parts() -> tuple[Part, ...]:
         ours("large_offsets", 60, "large_offsets.json"),
         ours("memcheck", 60),
         ours("racecheck", 60),
+        ours("cluster_barriers", 60),
         Part("benchmarks", 180, benchmarks, ("benchmarks.json",)),
         Part("verified", 15, ("-m", "bench.gpu_verified", "--out", "{out}"), ("verified.json",)),
     )

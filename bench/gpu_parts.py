@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ from mlot_kernels.verified import NEEDED
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 77  # the exit status that test harnesses agree on
 SLEEP = 20_000_000  # cycles: some 10 ms
+BARRIER = ROOT / "bench/cluster_barrier.cu"
+NO_CLUSTERS = 2  # its exit status where the GPU has none
 FIRST = 3  # cases of each operator under a sanitizer, which is slow
 
 Results = tuple[list[Tensor], list[Tensor]]  # outputs, gradients
@@ -265,6 +268,29 @@ def racecheck(out: Path) -> list[Line]:
     return _sanitized("racecheck")
 
 
+def cluster_barriers(out: Path) -> list[Line]:
+    """How long the barrier of a cluster and a join over it take: what the CUDA kernels' design rests on."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import mlot_toolchain; print(mlot_toolchain.find_toolkit().home)"],
+        cwd=ROOT / "csrc",
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        raise Skip(found.stderr.strip().splitlines()[-1].removeprefix("mlot_toolchain.Missing: "))
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/cluster_barrier"
+        options = ("-std=c++17", "-O3", "-arch=native", f"-I{ROOT}/csrc/include", str(BARRIER), "-o", program)
+        if _shown([f"{found.stdout.strip()}/bin/nvcc", *options])[0]:
+            raise SystemExit("nvcc failed")
+        returned, output = _shown([program])
+    if returned == NO_CLUSTERS:
+        raise Skip(output.strip())
+    if returned:
+        raise SystemExit(f"it ended with {returned}")
+    return []
+
+
 def _sanitized(tool: str) -> list[Line]:
     if not list(kernels()):
         raise Skip("there is no GPU kernel but torch's own, which are not checked here")
@@ -346,7 +372,8 @@ def _shown(command: Sequence[str], **environment: str) -> tuple[int, str]:
     return process.returncode, "".join(lines)
 
 
-PARTS = {part.__name__: part for part in (install, selftest, stream_and_graph, large_offsets, memcheck, racecheck)}
+_PARTS = (install, selftest, stream_and_graph, large_offsets, memcheck, racecheck, cluster_barriers)
+PARTS = {part.__name__: part for part in _PARTS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

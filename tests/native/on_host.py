@@ -49,32 +49,45 @@ def _sources() -> list[Path]:
     ]
 
 
-def _build(target: Path) -> None:
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    command = [
-        COMPILER,
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unknown-pragmas",
-    ]
-    command += ["-DMLOT_ON_HOST", f"-I{SOURCES}/include", f"-I{HEADERS}"]
-    command += ["-isystem", f"{torch}/include", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={STABLE}"]
+def rebuild(target: Path, kernels: str, include: Path) -> None:
+    """A library of its own, of which one file of kernels takes headers from ``include`` before the others."""
+    made = _compiled(SOURCES / f"cuda/{kernels}.cu", target.with_suffix(".o"), f"-I{include}")
+    _link(
+        target, [made if source.stem == kernels and source.suffix == ".cu" else object for source, object in _parts()]
+    )
 
-    def compiled(source: Path) -> str:
-        made = FOLDER / f"{source.parent.name}-{source.stem}.o"
-        run([*command, "-c", "-x", "c++", str(source), "-o", str(made)])
-        return str(made)
 
-    sources = [*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "ops_cuda").glob("*.cpp")]
-    with ThreadPoolExecutor(2) as threads:
-        objects = list(threads.map(compiled, sorted(sources)))
+def _parts() -> list[tuple[Path, Path]]:
+    """Sources and their objects."""
+    sources = sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "ops_cuda").glob("*.cpp")])
+    return [(source, FOLDER / f"{source.parent.name}-{source.stem}.o") for source in sources]
+
+
+def _compiled(source: Path, made: Path, *first: str) -> Path:
+    command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    command += ["-DMLOT_ON_HOST", *first, f"-I{SOURCES}/include", f"-I{HEADERS}"]
+    command += ["-isystem", f"{_torch()}/include", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={STABLE}"]
+    run([*command, "-c", "-x", "c++", str(source), "-o", str(made)])
+    return made
+
+
+def _link(target: Path, objects: Iterable[Path]) -> None:
     made = target.with_suffix(".new")
-    run([COMPILER, "-shared", *objects, f"-L{torch}/lib", "-ltorch_cpu", "-Wl,-Bsymbolic", "-o", str(made)])
+    run(
+        [COMPILER, "-shared", *map(str, objects), f"-L{_torch()}/lib", "-ltorch_cpu", "-Wl,-Bsymbolic", "-o", str(made)]
+    )
     made.replace(target)
+
+
+def _torch() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent
+
+
+def _build(target: Path) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        objects = list(threads.map(lambda part: _compiled(*part), _parts()))
+    _link(target, objects)
 
 
 def run(command: list[str]) -> str:

@@ -76,6 +76,19 @@ def test_kernels_keep_their_budget(source, architecture, nvcc, tmp_path):
         assert shared <= SHARED_BYTES, name
 
 
+def test_what_measures_the_barriers_compiles_and_says_why_it_cannot_run(nvcc, tmp_path):
+    program = tmp_path / "cluster_barrier"
+    source = ROOT / "bench/cluster_barrier.cu"
+    on_host.run(
+        [str(nvcc), "-std=c++17", "-O3", "-arch=sm_90", f"-I{ROOT}/csrc/include", str(source), "-o", str(program)]
+    )
+    if torch.cuda.is_available():
+        pytest.skip("here it runs: make gpu-check")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.match("cuda[A-Z]", done.stderr), done.stderr
+
+
 def test_the_library_needs_torchs_stable_abi_alone():
     library = ROOT / "mlot_kernels/_cuda.so"
     if not library.exists():

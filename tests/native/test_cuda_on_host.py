@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,28 @@ def test_operators_on_the_host(operator, threads, cluster, order):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout, done.stdout[-500:]
     assert "skipped" not in done.stdout, done.stdout[-500:]
+
+
+def test_a_kernel_without_a_barrier_fails(tmp_path):
+    """Of row_entropy: between what each warp leaves in shared memory and the first warp's reading it."""
+    on_host.build()
+    header = Path("mlot/cuda/device.h")
+    text = (on_host.SOURCES / "include" / header).read_text()
+    whole = "if (lane == 0) shared[warp] = mine;\n  __syncthreads();"
+    assert text.count(whole) == 1
+    (tmp_path / header).parent.mkdir(parents=True)
+    (tmp_path / header).write_text(text.replace(whole, whole.partition("\n")[0]))
+    on_host.rebuild(tmp_path / "_cuda.so", "row_entropy", tmp_path)
+    for folder, fails in ((on_host.FOLDER, False), (tmp_path, True)):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "tests/test_contract.py", "-kfidelity and row_entropy-cuda and float64"]
+            + ["-x", "-pno:cacheprovider", "-pno:xdist", "--color=no"],
+            env=environment(64, 1, SHUFFLED) | {"MLOT_CUDA_ON_HOST": str(folder)},
+            capture_output=True,
+            text=True,
+        )
+        assert ("FAILED" in done.stdout) == fails, done.stdout[-4000:]
+        assert fails or done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize(("flags", "says"), [([], "ok"), (["-DDROP_A_BARRIER"], "WRONG")], ids=["whole", "no barrier"])
