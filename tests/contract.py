@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from mlot_kernels import parity
 from mlot_kernels.cases import Case
@@ -203,6 +202,8 @@ def second_derivative_raises(case: Case, backend: str) -> None:
 
 def compiles(cases: list[Case], backend: str, compiler: str) -> None:
     """``torch.compile(fullgraph=True)`` traces the call, at several sizes, and the result is the same."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds, in every lane that compiles nothing
+
     torch.compiler.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for case in cases:
