@@ -96,7 +96,7 @@ def owns(start, slab, slabs, C: tl.constexpr):
     return (start // C) % slabs == slab
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # where N is the constant 1, compiling for AMD crashes
 def _extent(
     cost_ptr, a_ptr, b_ptr, extent_ptr, batch_stride, row_stride, column_stride, M, N,
     S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
