@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (loads_at < features) {
       const auto load = [&](const FeatureRows& side, int64_t tile_row, int rows, A* to) {
         const int step = int(blockDim.x) / kLoading;
-        const Columns<T> columns(side, call.width, problem, tile_row + loads_from, step, first + loads_at);
+        const Columns<T> columns(side, call.width, problem, tile_row + loads_from, tile_row + rows, step,
+                                 first + loads_at);
         fill_tile(columns, loads_from, step, rows, to + loads_at, kPitch<A>);
       };
       load(call.x, row, tile.rows, shared);

@@ -48,6 +48,7 @@ template <class A>
 struct alignas(16) RowWeights {
   A of[kEach];
 };
+
 // The weights of rows [row, row + rows) of the own side with [other, other + kTerms) of the other, to a tile [kTerms,
 // rows] of shared memory; zeros where a side has no row. Returns whether all that this thread has read is finite.
 //
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kGradientThreads, 4) gradient(PairwiseCostBack
   const int64_t d = int64_t(tile % tiles.tiles_across) * features + my_column;
 
   Vector<A> own[kEach], total[kEach] = {};
-  Columns<T>(call.own, call.width, problem, row + my_row, 1, d).read(own);
+  Columns<T>(call.own, call.width, problem, row + my_row, row + rows, 1, d).read(own);
   bool finite = true;
 #pragma unroll
   for (int r = 0; r < kEach; ++r) finite &= is_finite(own[r]);
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kGradientThreads, 4) gradient(PairwiseCostBack
     const int others = end - other < kTerms ? int(end - other) : kTerms;
     if (other != begin) __syncthreads();  // all have read the chunk before
     if (group < down) {
-      const Columns<T> columns(call.other, call.width, problem, other + group, down, d);
+      const Columns<T> columns(call.other, call.width, problem, other + group, other + others, down, d);
       finite &= fill_tile(columns, group, down, others, shared + my_column, features);
     }
     finite &= load_weights(call, problem, row, rows, other, weights, weights_pitch);

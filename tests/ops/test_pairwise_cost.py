@@ -130,7 +130,7 @@ def test_special_values_are_the_definitions(metric, side, value):
 @pytest.mark.parametrize(
     "sizes",
     [(65, 63, 50), (3, 200, 7), (200, 3, 4), (33, 32, 64), (31, 65, 66), (2, 5, 129), (300, 70, 1), (70, 1, 200)]
-    + [(1100, 70, 64)],  # parts of several chunks each
+    + [(8200, 70, 2)],  # parts of several chunks each
     ids=str,
 )
 def test_a_cuda_tile_equals_the_definition(sizes, dtype):

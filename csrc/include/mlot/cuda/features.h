@@ -6,7 +6,7 @@
 
 namespace mlot::cuda {
 
-// A number of rows as an int: no tile has so many.
+// A number of rows as an int: no tile has more than it can say.
 __device__ inline int clipped(int64_t rows) {
   constexpr int kMany = 1 << 30;
   return rows < kMany ? int(rows) : kMany;
@@ -22,12 +22,13 @@ class Columns {
   };
 
  public:
-  // Columns from d on, a multiple of kLanes<A>, of row `row` of a problem, row + step, ...
-  __device__ Columns(const FeatureRows& side, int64_t width, int64_t problem, int64_t row, int step, int64_t d)
+  // Columns from d on, a multiple of kLanes<A>, of rows `row`, row + step, ... of a problem, up to `end`.
+  __device__ Columns(const FeatureRows& side, int64_t width, int64_t problem, int64_t row, int64_t end, int step,
+                     int64_t d)
       : next_(static_cast<const T*>(side.values) + problem * side.problem_stride + row * side.row_stride + d),
         stride_(step * side.row_stride),
         step_(step),
-        left_(d < width ? clipped(side.rows - row) : 0),
+        left_(d < width ? clipped((end < side.rows ? end : side.rows) - row) : 0),
         count_(width - d < kCount ? int(width - d) : kCount),
         whole_(count_ == kCount && stride_ % kCount == 0 && reinterpret_cast<uintptr_t>(next_) % sizeof(Few) == 0) {}
 
