@@ -2,10 +2,10 @@
 // layout can be tested where there is no GPU. The kernel source is compiled twice and unchanged: by nvcc for the
 // device, by a host compiler with this header.
 //
-// What is modelled: grids of clusters of blocks, __syncthreads, __syncwarp, shuffles, votes and warp reductions,
-// cluster barriers (arrive and wait apart) and distributed shared memory, asynchronous copies, atomics. Blocks of one
-// cluster run concurrently, clusters run one after another. What is not: memory ordering finer than a barrier, static
-// __shared__ variables, inline PTX, the bulk copy engine, grid-wide barriers.
+// What is modelled: grids of clusters of blocks, __syncthreads and its vote, __syncwarp, shuffles, votes and warp
+// reductions, cluster barriers (arrive and wait apart) and distributed shared memory, asynchronous copies, atomics.
+// Blocks of one cluster run concurrently, clusters run one after another. What is not: memory ordering finer than a
+// barrier, static __shared__ variables, inline PTX, the bulk copy engine, grid-wide barriers.
 //
 // Fibers switch only where a thread waits. `order` decides who runs first between two waits: a kernel whose result
 // depends on it lacks a barrier. Shared memory and the target of an asynchronous copy are poisoned until they are
@@ -280,6 +280,16 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned blocks_p
 #define warpSize 32
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Wait::block); }
+inline int __syncthreads_and(int p) {
+  using namespace cuda_on_host;
+  self->offer = p != 0;
+  wait(Wait::block);
+  bool all = true;
+  const Fiber* first = self - self->linear;
+  for (unsigned i = 0; i < cluster->threads; ++i) all &= first[i].waits == Wait::done || first[i].offer != 0;
+  wait(Wait::block);  // nobody offers anything else before all have looked
+  return all;
+}
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::wait(cuda_on_host::Wait::warp, mask); }
 inline unsigned __lane() { return cuda_on_host::self->linear % 32; }
 template <class T>

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.pairwise_cost import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
@@ -15,15 +16,27 @@ from mlot_kernels.transport import METRICS
 
 _TRITON = "mlot_kernels.ops.pairwise_cost.triton_kernels"
 
+_cuda = native("cuda", "pairwise_cost_forward")
+_missing = getattr(_cuda, "refuses", lambda *_: None)
+
+
+def _cuda_refuses(x: Tensor, y: Tensor, metric: str) -> str | None:
+    if metric != "l1":
+        return "it has metric='l1' alone; pass backend='triton' or backend='reference', which have all of them"
+    return _missing(x, y, metric)
+
+
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "pairwise_cost_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": refusing(_cuda, _cuda_refuses),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "pairwise_cost_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "pairwise_cost_backward"),
 }
 
 

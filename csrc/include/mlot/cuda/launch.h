@@ -81,6 +81,9 @@ void launch(void (*kernel)(P...), const Shape& shape, void*, const P&... argumen
 
 #endif
 
+// How many pieces of `size` cover n.
+constexpr int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // Threads and blocks for a row: as many blocks of a cluster as have two vectors for each of their threads. It depends
 // on the columns alone, never on how many rows there are: it decides the order of a row's sums.
 struct RowShape {
