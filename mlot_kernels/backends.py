@@ -105,8 +105,9 @@ def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ex
 
 
 def refusing(implementation: F, refuses: Callable[..., str | None]) -> F:
-    """``implementation`` with a reason, in words, for each call that it cannot run."""
-    implementation.refuses = refuses  # type: ignore[attr-defined]
+    """``implementation`` with one more reason, in words, for calls that it cannot run."""
+    already = getattr(implementation, "refuses", lambda *_: None)
+    implementation.refuses = lambda *arguments: refuses(*arguments) or already(*arguments)  # type: ignore[attr-defined]
     return implementation
 
 

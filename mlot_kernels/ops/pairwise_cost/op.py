@@ -16,21 +16,18 @@ from mlot_kernels.transport import METRICS
 
 _TRITON = "mlot_kernels.ops.pairwise_cost.triton_kernels"
 
-_cuda = native("cuda", "pairwise_cost_forward")
-_missing = getattr(_cuda, "refuses", lambda *_: None)
-
 
 def _cuda_refuses(x: Tensor, y: Tensor, metric: str) -> str | None:
     if metric != "l1":
         return "it has metric='l1' alone; pass backend='triton' or backend='reference', which have all of them"
-    return _missing(x, y, metric)
+    return None
 
 
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "pairwise_cost_forward"),
     "triton": lazy(_TRITON, "forward"),
-    "cuda": refusing(_cuda, _cuda_refuses),
+    "cuda": refusing(native("cuda", "pairwise_cost_forward"), _cuda_refuses),
 }
 BACKWARD = {
     "reference": reference.backward,

@@ -24,21 +24,18 @@ _OUTPUTS = f"(Tensor log_probabilities, Tensor columns, Tensor kept_mass, {_SAVE
 _TRITON = "mlot_kernels.ops.rank_truncate.triton_kernels"
 _MOST_TEMPERATURES = 16  # of a CUDA kernel, whose arguments they are
 
-_cuda = native("cuda", "rank_truncate_forward")
-_missing = getattr(_cuda, "refuses", lambda *_: None)
-
 
 def _cuda_refuses(*arguments: Any) -> str | None:
     if len(arguments[5]) > _MOST_TEMPERATURES:
         return f"it takes at most {_MOST_TEMPERATURES} temperatures"
-    return _missing(*arguments)
+    return None
 
 
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "rank_truncate_forward"),
     "triton": lazy(_TRITON, "forward"),
-    "cuda": refusing(_cuda, _cuda_refuses),
+    "cuda": refusing(native("cuda", "rank_truncate_forward"), _cuda_refuses),
 }
 BACKWARD = {
     "reference": reference.backward,
