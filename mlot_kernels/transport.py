@@ -25,10 +25,12 @@ OPTIONS_SCHEMA = "float epsilon, int iterations, str marginals, float tolerance,
 def refusing_implicit(forward: Callable[..., Any], gradient: int) -> Callable[..., Any]:
     """A backend's ``forward`` without ``gradient="implicit"``, the argument of number ``gradient``."""
 
+    of_its_own = getattr(forward, "refuses", lambda *_: None)
+
     def refuses(*arguments: Any) -> str | None:
         if arguments[gradient] == "implicit":
             return "it has no gradient='implicit'; pass gradient='unrolled', or backend='reference'"
-        return None
+        return of_its_own(*arguments)
 
     return refusing(forward, refuses)
 

@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transport_cost_backward(
                                      tolerance, domain, gradient);
   const TransportBackwardTensors tensors(arguments.options, wide, grad_transported, grad_regularized, row_potential,
                                          column_potential, done, row_history, column_history);
+  check_steps(tensors.done, arguments.options);
   const SideGradient grad_x(x, x_needed), grad_y(y, y_needed);
   const TransportCostBackward call{tensors.upstream(), pairs,          arguments.options,  tensors.saved(),
                                    grad_x.written,     grad_y.written, tensors.gradients()};

@@ -9,7 +9,7 @@ from tests.properties import given, st
 
 BACKENDS = backends_of("sinkhorn")
 KERNELS = [name for name in BACKENDS if name != "reference"]
-IMPLICIT = [name for name in BACKENDS if name != "triton"]  # which refuses it: test_triton_refuses_...
+IMPLICIT = [name for name in BACKENDS if name not in ("triton", "cuda")]  # which refuse it: test_gpus_refuse_...
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_kernels = pytest.mark.parametrize("backend", KERNELS)
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
@@ -214,10 +214,10 @@ def test_triton_stops_each_streamed_problem_by_itself(form, streamed):
         torch.testing.assert_close(x, y)
 
 
-@of_triton
-def test_triton_refuses_the_implicit_gradient():
-    with pytest.raises(BackendUnavailable, match=r"sinkhorn: backend 'triton': it has no gradient='implicit'; pass"):
-        sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend="triton")
+@pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in BACKENDS])
+def test_gpus_refuse_the_implicit_gradient(backend):
+    with pytest.raises(BackendUnavailable, match=rf"sinkhorn: backend '{backend}': it has no gradient='implicit'; pass"):
+        sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend=backend)
 
 
 @by_backend
