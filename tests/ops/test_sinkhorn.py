@@ -220,6 +220,23 @@ def test_gpus_refuse_the_implicit_gradient(backend):
         sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend=backend)
 
 
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels on the CPU: tests/native/test_cuda_on_host.py")
+@pytest.mark.parametrize("domain", ["scaling", "log"])
+@pytest.mark.parametrize("shared", [8000, 0], ids=["a few rows at a time", "a workspace in device memory"])
+def test_cuda_solves_what_shared_memory_does_not_hold(shared, domain, monkeypatch):
+    monkeypatch.setenv("MLOT_ON_HOST_CLUSTER", "2")
+    monkeypatch.setenv("MLOT_ON_HOST_THREADS", "32")
+    monkeypatch.setenv("MLOT_ON_HOST_SHARED", str(shared))
+    cost, (a, b), weight = _weighted_problem(3, 50, 30)
+    cost[0] = 0.5
+    cost[1, :, 3] += 3  # takes its scalings in more than once
+    options = {"iterations": 30, "epsilon": 0.01, "tolerance": 3e-2, "domain": domain}
+    a[2, 9] = b[2, 4] = 0
+    ours, truth = (_everything(backend, cost, [a, b], weight, **options) for backend in ("cuda", "reference"))
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10 * 400 * float(y.abs().max()))
+
+
 @by_backend
 def test_without_tolerance_every_step_is_taken(backend):
     assert sinkhorn(torch.zeros(2, 3, 3), iterations=7, backend=backend).iterations.tolist() == [7, 7]
