@@ -18,8 +18,7 @@ std::tuple<Tensor, Tensor> pairwise_cost_backward(const Tensor& grad, const Tens
                                                   const std::string& metric, bool x_needed, bool y_needed) {
   const FeaturePairs pairs = feature_pairs(x, y, metric);
   const ScalarType dtype = accumulator(x, y);
-  STD_TORCH_CHECK(grad.numel() == x.size(0) * x.size(1) * y.size(1), "grad must be [B, M, N]");
-  const Tensor upstream = dense(grad, dtype);
+  const Tensor upstream = pairwise_upstream(grad, x, y);
   const SideGradient grad_x(x, x_needed), grad_y(y, y_needed);
   const PairwiseCostBackward call{.pairs = pairs,
                                   .grad = upstream.const_data_ptr(),
@@ -34,10 +33,8 @@ std::tuple<Tensor, Tensor> pairwise_cost_backward(const Tensor& grad, const Tens
 }  // namespace mlot
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlot_cpu, library) {
-  library.def("pairwise_cost_forward(Tensor x, Tensor y, str metric) -> Tensor");
-  library.def(
-      "pairwise_cost_backward(Tensor grad, Tensor x, Tensor y, str metric, bool x_needed, bool y_needed) -> "
-      "(Tensor, Tensor)");
+  library.def(mlot::kPairwiseCostForward);
+  library.def(mlot::kPairwiseCostBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlot_cpu, CPU, library) {

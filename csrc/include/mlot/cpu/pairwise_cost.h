@@ -5,16 +5,9 @@
 
 #include "mlot/cpu/logits.h"
 #include "mlot/cpu/metric.h"
+#include "mlot/feature_rows.h"
 
 namespace mlot {
-
-// One side, [B, rows, D]. Strides in elements.
-struct FeatureRows {
-  const void* values;
-  int dtype;  // float32, bfloat16, float16, float64
-  int64_t rows;
-  int64_t problem_stride, row_stride, column_stride;
-};
 
 struct FeaturePairs {
   FeatureRows x, y;
