@@ -1,15 +1,9 @@
 #include "mlot/cuda/sinkhorn.h"
 
-#include "common.h"
-#include "mlot/torch/transport.h"
+#include "transport.h"
 
 namespace mlot::cuda {
 namespace {
-
-// Device memory that a call works in.
-Tensor room_of(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
-
-int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : 4; }
 
 SinkhornOutputs sinkhorn_forward_of(const Tensor& cost, const std::optional<Tensor>& row_marginal,
                                     const std::optional<Tensor>& column_marginal,

@@ -216,14 +216,16 @@ def test_triton_stops_each_streamed_problem_by_itself(form, streamed):
 
 @pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in BACKENDS])
 def test_gpus_refuse_the_implicit_gradient(backend):
-    with pytest.raises(BackendUnavailable, match=rf"sinkhorn: backend '{backend}': it has no gradient='implicit'; pass"):
+    with pytest.raises(
+        BackendUnavailable, match=rf"sinkhorn: backend '{backend}': it has no gradient='implicit'; pass"
+    ):
         sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend=backend)
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels on the CPU: tests/native/test_cuda_on_host.py")
 @pytest.mark.parametrize("domain", ["scaling", "log"])
 @pytest.mark.parametrize("shared", [8000, 0], ids=["a few rows at a time", "a workspace in device memory"])
-def test_cuda_solves_what_shared_memory_does_not_hold(shared, domain, monkeypatch):
+def test_cuda_equals_the_reference_beyond_shared_memory(shared, domain, monkeypatch):
     monkeypatch.setenv("MLOT_ON_HOST_CLUSTER", "2")
     monkeypatch.setenv("MLOT_ON_HOST_THREADS", "32")
     monkeypatch.setenv("MLOT_ON_HOST_SHARED", str(shared))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.transport_cost import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
@@ -27,15 +29,27 @@ _OUTPUTS = f"(Tensor transported, Tensor regularized, {_SAVED})"
 
 _TRITON = "mlot_kernels.ops.transport_cost.triton_kernels"
 
+_cuda = refusing_implicit(native("cuda", "transport_cost_forward"), 13)
+_cuda_refuses_gradients: Callable[..., str | None] = _cuda.refuses  # type: ignore[attr-defined]
+
+
+def _cuda_refuses(*arguments: Any) -> str | None:
+    if arguments[7] != "l1":
+        return "it has metric='l1' alone; pass backend='triton' or backend='reference', which have all of them"
+    return _cuda_refuses_gradients(*arguments)
+
+
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "transport_cost_forward"),
     "triton": refusing_implicit(lazy(_TRITON, "forward"), 13),
+    "cuda": refusing(_cuda, _cuda_refuses),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "transport_cost_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "transport_cost_backward"),
 }
 
 

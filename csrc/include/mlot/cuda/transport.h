@@ -48,16 +48,37 @@ __device__ inline A reciprocal(A total, A marginal) {
   return marginal != 0 ? 1 / total : A(1);
 }
 
+// What a kernel's workspace has of vectors, and of matrices [rows of a block, columns] beside the tile.
+struct TransportArrays {
+  int of_columns, of_rows, matrices;
+};
+
 // How a problem is shared among blocks and threads. Its own shape decides, never the batch.
 struct TransportShape {
   int rows;       // of a block
   int tile_rows;  // of these, as many as are worked on at a time: all, and their D stays, or fewer
   int groups;     // of threads that share a column
+  int matrices;
   unsigned threads, cluster;
-  bool on_chip;       // the workspace is in shared memory
-  int64_t workspace;  // bytes, of a block
+  bool on_chip, matrices_on_chip;  // the workspace is in shared memory, and its matrices are in it
+  int64_t workspace;               // bytes, of a block
 
-  int64_t room(const TransportOptions& options) const { return on_chip ? 0 : options.problems * cluster * workspace; }
+  // As many as are solved in one launch: matrices in device memory stand there for a few problems at a time, 64 MiB
+  // each in float32.
+  int64_t problems_at_once(const TransportOptions& options) const {
+    if (matrices_on_chip) return options.problems;
+    const int64_t fitting = (int64_t(1) << 24) / std::max<int64_t>(options.rows * options.columns, 1);
+    return std::min(std::max<int64_t>(fitting, 1), options.problems);
+  }
+
+  // Bytes of device memory in the place of shared memory for so many problems: the matrices stand behind the rest.
+  __host__ __device__ int64_t room_of_workspaces(int64_t problems) const {
+    return on_chip ? 0 : problems * cluster * workspace;
+  }
+  int64_t room(const TransportOptions& options, int64_t problems, int64_t element) const {
+    const int64_t elements = matrices_on_chip ? 0 : problems * matrices * options.rows * options.columns;
+    return room_of_workspaces(problems) + elements * element;
+  }
 };
 
 template <class A>
@@ -77,7 +98,7 @@ struct alignas(16) TransportMemory {
 // A cluster grows until a block has 8192 elements; where its rows do not fit into shared memory beside the vectors, it
 // works on fewer at a time, and where these would be too few to share among warps, in device memory.
 template <class A>
-inline TransportShape shape_of_problem(const TransportOptions& options, int column_arrays, int row_arrays) {
+inline TransportShape shape_of_problem(const TransportOptions& options, const TransportArrays& arrays) {
   constexpr int64_t kFewestRows = 8;
   const int64_t M = options.rows, N = options.columns;
   const unsigned most = most_in_a_cluster();
@@ -93,19 +114,38 @@ inline TransportShape shape_of_problem(const TransportOptions& options, int colu
   const unsigned threads = threads_of_a_block(usual);
   const int64_t column_warps = std::max<int64_t>((N + kWarp - 1) / kWarp, 1);
   const int64_t groups = std::max<int64_t>(threads / kWarp / column_warps, 1);
-  const int64_t vectors = column_arrays * N + row_arrays * rows + 2 * (groups * N + 1);
-  const int64_t space = (int64_t(most_shared_bytes()) - int64_t(sizeof(TransportMemory<A>))) / int64_t(sizeof(A));
-  const int64_t fitting = N > 0 ? (space - vectors) / N : rows;
-  const bool on_chip = vectors <= space && fitting >= std::min(rows, kFewestRows);
+  const int64_t vectors = (arrays.of_columns + 1) * N + (arrays.of_rows + 1) * rows + 2 * (groups * N + 1);
+  const int64_t matrices = arrays.matrices * rows * N;
+  const int64_t space = (int64_t(most_shared_bytes()) - int64_t(sizeof(TransportMemory<A>))) / int64_t(sizeof(A)) - 1;
+  const bool whole = vectors + matrices + rows * N <= space;
+  const int64_t fitting = whole || N == 0 ? rows : (space - vectors) / N;
+  const bool on_chip = whole || (vectors <= space && fitting >= std::min(rows, kFewestRows));
   const int64_t tile_rows = std::min(rows, on_chip ? fitting : std::max<int64_t>(threads / kWarp, kFewestRows));
-  const int64_t workspace = (vectors + tile_rows * N + 1) / 2 * 2 * int64_t(sizeof(A));
-  return {int(rows), int(tile_rows), int(groups), threads, cluster, on_chip, workspace};
+  const int64_t elements = vectors + tile_rows * N + (whole ? matrices : 0);
+  return {.rows = int(rows),
+          .tile_rows = int(tile_rows),
+          .groups = int(groups),
+          .matrices = arrays.matrices,
+          .threads = threads,
+          .cluster = cluster,
+          .on_chip = on_chip,
+          .matrices_on_chip = whole,
+          .workspace = (elements + 1) / 2 * 2 * int64_t(sizeof(A))};
 }
 
 template <class A>
-inline Shape launch_shape(const TransportOptions& options, const TransportShape& shape) {
-  return {options.problems * shape.cluster, shape.threads, shape.cluster,
+inline Shape launch_shape(int64_t problems, const TransportShape& shape) {
+  return {problems * shape.cluster, shape.threads, shape.cluster,
           unsigned(sizeof(TransportMemory<A>) + (shape.on_chip ? shape.workspace : 0))};
+}
+
+// Calls use(first, problems) for the problems that are solved in one launch.
+template <class Use>
+inline void for_problems(const TransportOptions& options, const TransportShape& shape, Use use) {
+  const int64_t each = shape.problems_at_once(options);
+  for (int64_t first = 0; first < options.problems; first += each) {
+    use(first, std::min(each, options.problems - first));
+  }
 }
 
 template <class T, bool kOnChip>
@@ -123,10 +163,10 @@ struct Problem {
   A *a, *b;                      // [rows] and [columns], 0 where nothing counts
   A* tile;                       // [tile_rows, columns]
 
-  // Fills a and b; `room` is device memory for workspaces that are not on chip.
-  __device__ Problem(const CostMatrices& costs, const TransportOptions& options_, const TransportShape& shape_,
+  // Fills a and b. Its cluster's problem is number `first` and more; `room` is device memory for what is not on chip.
+  __device__ Problem(const TransportOptions& options_, const TransportShape& shape_, int64_t first,
                      TransportMemory<A>* shared, void* room)
-      : options(options_), shape(shape_), memory(*shared), number(blockIdx.x / cluster_size()) {
+      : options(options_), shape(shape_), memory(*shared), number(first + blockIdx.x / cluster_size()) {
     first_row = int(cluster_rank()) * shape.rows;
     rows = int(options.rows) - first_row;
     rows = rows < 0 ? 0 : rows < shape.rows ? rows : shape.rows;
@@ -138,13 +178,18 @@ struct Problem {
     parts_ = take(2 * each_);
     b = take(columns), a = take(shape.rows);
     tile = take(int64_t(shape.tile_rows) * columns);
-    values_ = static_cast<const T*>(costs.values) + number * costs.batch_stride;
-    row_stride_ = costs.row_stride, column_stride_ = costs.column_stride;
     if (threadIdx.x == 0) memory.seen[0] = memory.seen[1] = memory.rows_far = 0;
     write_marginals();
   }
 
   Problem(const Problem&) = delete;
+
+  // Where the costs are.
+  __device__ void read(const CostMatrices& costs) {
+    values_ = static_cast<const T*>(costs.values) + number * costs.batch_stride + first_row * costs.row_stride;
+    row_stride_ = costs.row_stride, column_stride_ = costs.column_stride;
+  }
+  __device__ void read(const T* of_this_block) { values_ = of_this_block, row_stride_ = columns, column_stride_ = 1; }
 
   // The workspace's next `count` numbers: the same place in all blocks.
   __device__ A* take(int64_t count) {
@@ -156,6 +201,19 @@ struct Problem {
   // [groups, columns] and one number more: what this block has of a step's sums. Two steps' lie in two places.
   __device__ A* parts_of(int64_t step) const { return parts_ + step % 2 * each_; }
 
+  // The workspace's matrix number `which`, this block's rows.
+  __device__ A* take_matrix(int which, void* room) {
+    if (shape.matrices_on_chip) return take(int64_t(shape.rows) * columns);
+    const int64_t problems = gridDim.x / cluster_size(), problem = blockIdx.x / cluster_size();
+    A* const first = reinterpret_cast<A*>(static_cast<char*>(room) + shape.room_of_workspaces(problems));
+    return first + ((problem * shape.matrices + which) * options.rows + first_row) * columns;
+  }
+  // Block `rank`'s rows of the matrix that this block has `mine` of.
+  __device__ const A* matrix_of_peer(const A* mine, unsigned rank) const {
+    if (shape.matrices_on_chip) return of_peer(mine, rank);
+    return mine + (int64_t(rank) - int64_t(cluster_rank())) * shape.rows * columns;
+  }
+
   __device__ bool keeps_tile() const { return shape.tile_rows >= shape.rows; }
   __device__ bool is_first_block() const { return cluster_rank() == 0; }
   __device__ bool counts(int row, int column) const { return a[row] != 0 && b[column] != 0; }
@@ -163,7 +221,7 @@ struct Problem {
   // +inf where nothing counts.
   __device__ A cost(int row, int column) const {
     if (!counts(row, column)) return A(INFINITY);
-    return widen(values_[(first_row + row) * row_stride_ + column * column_stride_]);
+    return widen(values_[row * row_stride_ + column * column_stride_]);
   }
 
   // The difference first: then an offset of the costs rounds nothing.

@@ -22,6 +22,18 @@ constexpr const char* kSinkhornBackward =
     "Tensor column_history, float epsilon, int iterations, str marginals, float tolerance, str domain, "
     "str gradient, bool return_plan) -> (Tensor, Tensor, Tensor, Tensor)";
 
+constexpr const char* kTransportCostForward =
+    "transport_cost_forward(Tensor x, Tensor y, Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, "
+    "Tensor? column_lengths, Tensor? column_weight, str metric, float epsilon, int iterations, str marginals, "
+    "float tolerance, str domain, str gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kTransportCostBackward =
+    "transport_cost_backward(Tensor grad_transported, Tensor grad_regularized, Tensor x, Tensor y, "
+    "Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, Tensor? column_lengths, "
+    "Tensor? column_weight, str metric, float epsilon, int iterations, str marginals, float tolerance, str domain, "
+    "str gradient, Tensor row_potential, Tensor column_potential, Tensor done, Tensor row_history, "
+    "Tensor column_history, bool x_needed, bool y_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+
+using TransportCostOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using SinkhornOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 inline CostMatrices matrices(const Tensor& cost) {
