@@ -33,6 +33,17 @@ def refusing_implicit(forward: Callable[..., Any], gradient: int) -> Callable[..
     return refusing(forward, refuses)
 
 
+def refusing_but_l1(forward: Callable[..., Any], metric: int) -> Callable[..., Any]:
+    """A backend's ``forward`` with ``metric="l1"`` alone, the argument of number ``metric``."""
+
+    def refuses(*arguments: Any) -> str | None:
+        if arguments[metric] != "l1":
+            return "it has metric='l1' alone; pass backend='triton' or backend='reference', which have all of them"
+        return None
+
+    return refusing(forward, refuses)
+
+
 class Transport(NamedTuple):
     """The result of ``sinkhorn`` and ``transport_cost``, float32 (float64 for float64 inputs).
 

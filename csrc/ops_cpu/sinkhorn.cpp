@@ -7,17 +7,12 @@
 namespace mlot {
 namespace {
 
-CostMatrices matrices(const Tensor& cost) {
-  return {cost.const_data_ptr(), cost.stride(0), cost.stride(1), cost.stride(2)};
-}
-
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs sinkhorn_forward(const Tensor& cost, const std::optional<Tensor>& row_marginal,
-                         const std::optional<Tensor>& column_marginal, const std::optional<Tensor>& row_lengths,
-                         const std::optional<Tensor>& column_lengths, const std::optional<Tensor>& column_weight,
-                         double epsilon, int64_t iterations, const std::string& marginals, double tolerance,
-                         const std::string& domain, const std::string& gradient, bool return_plan) {
+SinkhornOutputs sinkhorn_forward(const Tensor& cost, const std::optional<Tensor>& row_marginal,
+                                 const std::optional<Tensor>& column_marginal, const std::optional<Tensor>& row_lengths,
+                                 const std::optional<Tensor>& column_lengths,
+                                 const std::optional<Tensor>& column_weight, double epsilon, int64_t iterations,
+                                 const std::string& marginals, double tolerance, const std::string& domain,
+                                 const std::string& gradient, bool return_plan) {
   STD_TORCH_CHECK(cost.dim() == 3, "cost must be [B, M, N]");
   const ScalarType wide = accumulator(cost);
   const int64_t B = cost.size(0), M = cost.size(1), N = cost.size(2);
@@ -49,6 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_backward(
                                      column_weight, epsilon, iterations, marginals, tolerance, domain, gradient);
   const TransportBackwardTensors tensors(arguments.options, wide, grad_transported, grad_regularized, row_potential,
                                          column_potential, done, row_history, column_history);
+  check_steps(tensors.done, arguments.options);
   STD_TORCH_CHECK(!return_plan || grad_plan.numel() == B * M * N, "grad_plan must be [B, M, N]");
   const Tensor upstream_plan = dense(grad_plan, wide);
   const Tensor grad_cost = torch::stable::new_empty(cost, cost.sizes(), wide);
@@ -64,17 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_backward(
 }  // namespace mlot
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlot_cpu, library) {
-  library.def(
-      "sinkhorn_forward(Tensor cost, Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, "
-      "Tensor? column_lengths, Tensor? column_weight, float epsilon, int iterations, str marginals, float tolerance, "
-      "str domain, str gradient, bool return_plan) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "sinkhorn_backward(Tensor grad_transported, Tensor grad_regularized, Tensor grad_plan, Tensor cost, "
-      "Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, Tensor? column_lengths, "
-      "Tensor? column_weight, Tensor row_potential, Tensor column_potential, Tensor done, Tensor row_history, "
-      "Tensor column_history, float epsilon, int iterations, str marginals, float tolerance, str domain, "
-      "str gradient, bool return_plan) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(mlot::kSinkhornForward);
+  library.def(mlot::kSinkhornBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlot_cpu, CPU, library) {

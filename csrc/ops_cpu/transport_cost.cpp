@@ -8,14 +8,13 @@
 namespace mlot {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs transport_cost_forward(const Tensor& x, const Tensor& y, const std::optional<Tensor>& row_marginal,
-                               const std::optional<Tensor>& column_marginal, const std::optional<Tensor>& row_lengths,
-                               const std::optional<Tensor>& column_lengths, const std::optional<Tensor>& column_weight,
-                               const std::string& metric, double epsilon, int64_t iterations,
-                               const std::string& marginals, double tolerance, const std::string& domain,
-                               const std::string& gradient) {
+TransportCostOutputs transport_cost_forward(const Tensor& x, const Tensor& y, const std::optional<Tensor>& row_marginal,
+                                            const std::optional<Tensor>& column_marginal,
+                                            const std::optional<Tensor>& row_lengths,
+                                            const std::optional<Tensor>& column_lengths,
+                                            const std::optional<Tensor>& column_weight, const std::string& metric,
+                                            double epsilon, int64_t iterations, const std::string& marginals,
+                                            double tolerance, const std::string& domain, const std::string& gradient) {
   const FeaturePairs pairs = feature_pairs(x, y, metric);
   const ScalarType wide = accumulator(x, y);
   const TransportArguments arguments(pairs.problems, pairs.x.rows, pairs.y.rows, wide, row_marginal, column_marginal,
@@ -43,6 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transport_cost_backward(
                                      tolerance, domain, gradient);
   const TransportBackwardTensors tensors(arguments.options, wide, grad_transported, grad_regularized, row_potential,
                                          column_potential, done, row_history, column_history);
+  check_steps(tensors.done, arguments.options);
   const SideGradient grad_x(x, x_needed), grad_y(y, y_needed);
   const TransportCostBackward call{tensors.upstream(), pairs,          arguments.options,  tensors.saved(),
                                    grad_x.written,     grad_y.written, tensors.gradients()};
@@ -55,16 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transport_cost_backward(
 }  // namespace mlot
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlot_cpu, library) {
-  library.def(
-      "transport_cost_forward(Tensor x, Tensor y, Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, "
-      "Tensor? column_lengths, Tensor? column_weight, str metric, float epsilon, int iterations, str marginals, "
-      "float tolerance, str domain, str gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "transport_cost_backward(Tensor grad_transported, Tensor grad_regularized, Tensor x, Tensor y, "
-      "Tensor? row_marginal, Tensor? column_marginal, Tensor? row_lengths, Tensor? column_lengths, "
-      "Tensor? column_weight, str metric, float epsilon, int iterations, str marginals, float tolerance, str domain, "
-      "str gradient, Tensor row_potential, Tensor column_potential, Tensor done, Tensor row_history, "
-      "Tensor column_history, bool x_needed, bool y_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(mlot::kTransportCostForward);
+  library.def(mlot::kTransportCostBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlot_cpu, CPU, library) {

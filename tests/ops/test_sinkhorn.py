@@ -9,7 +9,7 @@ from tests.properties import given, st
 
 BACKENDS = backends_of("sinkhorn")
 KERNELS = [name for name in BACKENDS if name != "reference"]
-IMPLICIT = [name for name in BACKENDS if name != "triton"]  # which refuses it: test_triton_refuses_...
+IMPLICIT = [name for name in BACKENDS if name not in ("triton", "cuda")]  # which refuse it: test_gpus_refuse_...
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_kernels = pytest.mark.parametrize("backend", KERNELS)
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
@@ -214,10 +214,29 @@ def test_triton_stops_each_streamed_problem_by_itself(form, streamed):
         torch.testing.assert_close(x, y)
 
 
-@of_triton
-def test_triton_refuses_the_implicit_gradient():
-    with pytest.raises(BackendUnavailable, match=r"sinkhorn: backend 'triton': it has no gradient='implicit'; pass"):
-        sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend="triton")
+@pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in BACKENDS])
+def test_gpus_refuse_the_implicit_gradient(backend):
+    with pytest.raises(
+        BackendUnavailable, match=rf"sinkhorn: backend '{backend}': it has no gradient='implicit'; pass"
+    ):
+        sinkhorn(torch.rand(1, 3, 3), gradient="implicit", backend=backend)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels on the CPU: tests/native/test_cuda_on_host.py")
+@pytest.mark.parametrize("domain", ["scaling", "log"])
+@pytest.mark.parametrize("shared", [8000, 0], ids=["a few rows at a time", "a workspace in device memory"])
+def test_cuda_equals_the_reference_beyond_shared_memory(shared, domain, monkeypatch):
+    monkeypatch.setenv("MLOT_ON_HOST_CLUSTER", "2")
+    monkeypatch.setenv("MLOT_ON_HOST_THREADS", "32")
+    monkeypatch.setenv("MLOT_ON_HOST_SHARED", str(shared))
+    cost, (a, b), weight = _weighted_problem(3, 50, 30)
+    cost[0] = 0.5
+    cost[1, :, 3] += 3  # takes its scalings in more than once
+    options = {"iterations": 30, "epsilon": 0.01, "tolerance": 3e-2, "domain": domain}
+    a[2, 9] = b[2, 4] = 0
+    ours, truth = (_everything(backend, cost, [a, b], weight, **options) for backend in ("cuda", "reference"))
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10 * 400 * float(y.abs().max()))
 
 
 @by_backend

@@ -3,20 +3,21 @@ import torch
 
 from mlot_kernels import BackendUnavailable, pairwise_cost, sinkhorn, transport_cost
 from mlot_kernels.transport import METRICS
-from tests.conftest import backends_of, of_triton
+from tests.conftest import backends_of
 from tests.dispatch_modes import Allocations
 
 BACKENDS = backends_of("transport_cost")
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_kernels = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
+needs_cuda = pytest.mark.skipif("cuda" not in BACKENDS, reason="tests/native/test_cuda_on_host.py runs it")
 GRADIENTS = ("unrolled", "envelope", "implicit")
+RUNS = [(metric, name) for metric in METRICS for name in BACKENDS if metric == "l1" or name != "cuda"]
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
-    ("gradient", "backend"),
-    [(kind, name) for kind in GRADIENTS for name in BACKENDS if (kind, name) != ("implicit", "triton")],
+    ("metric", "backend", "gradient"),
+    [(*run, kind) for run in RUNS for kind in GRADIENTS if kind != "implicit" or run[1] not in ("triton", "cuda")],
 )
 def test_is_sinkhorn_on_the_pairwise_cost(backend, metric, gradient):
     x, y = (torch.rand(2, n, 6, dtype=torch.float64) + 0.1 for n in (5, 4))
@@ -42,8 +43,7 @@ def _solved(backend, x, y, **options):
     return [*(value.detach() for value in (*solved[:2], *solved[3:])), leaves[0].grad, leaves[1].grad]
 
 
-@by_kernels
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("metric", "backend"), [run for run in RUNS if run[1] != "reference"])
 def test_kernels_equal_the_reference_beyond_the_size_of_cases(backend, metric):
     x, y = (torch.rand(2, n, 37, dtype=torch.float64) + 0.1 for n in (150, 70))
     a, b = (torch.rand(2, n, dtype=torch.float64) for n in (150, 70))
@@ -108,19 +108,50 @@ def test_costs_stand_in_scratch_a_few_problems_at_a_time(backend, monkeypatch):
         assert torch.equal(parted, together)
 
 
-@of_triton
-def test_triton_refuses_the_implicit_gradient():
-    with pytest.raises(BackendUnavailable, match=r"transport_cost: backend 'triton': it has no gradient='implicit'"):
-        transport_cost(torch.rand(1, 3, 2), torch.rand(1, 4, 2), gradient="implicit", backend="triton")
+@pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in BACKENDS])
+def test_gpus_refuse_the_implicit_gradient(backend):
+    with pytest.raises(
+        BackendUnavailable, match=rf"transport_cost: backend '{backend}': it has no gradient='implicit'"
+    ):
+        transport_cost(torch.rand(1, 3, 2), torch.rand(1, 4, 2), gradient="implicit", backend=backend)
+
+
+@needs_cuda
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "l1"])
+def test_cuda_refuses_other_metrics(metric):
+    with pytest.raises(BackendUnavailable, match=r"transport_cost: backend 'cuda': it has metric='l1' alone; pass"):
+        transport_cost(torch.rand(1, 3, 2), torch.rand(1, 4, 2), metric=metric, backend="cuda")
+
+
+@needs_cuda
+@pytest.mark.parametrize("gradient", ["unrolled", "envelope"])
+@pytest.mark.parametrize("shared", [12000, 8000, 0], ids=["costs apart", "few rows at a time", "no workspace on chip"])
+def test_cuda_equals_the_reference_beyond_shared_memory(shared, gradient, monkeypatch):
+    monkeypatch.setenv("MLOT_ON_HOST_CLUSTER", "2")
+    monkeypatch.setenv("MLOT_ON_HOST_THREADS", "32")
+    monkeypatch.setenv("MLOT_ON_HOST_SHARED", str(shared))
+    x, y = (torch.rand(3, n, 37, dtype=torch.float64) for n in (50, 30))
+    x[:, 2, :20] = y[:, 3, :20]  # ties
+    x[1, 41:] = y[2, 7:] = float("nan")
+    lengths = {"row_lengths": torch.tensor([50, 41, 50]), "column_lengths": torch.tensor([30, 30, 7])}
+    found = []
+    for backend in ("cuda", "reference"):
+        leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
+        solved = transport_cost(*leaves, epsilon=0.5, iterations=7, gradient=gradient, backend=backend, **lengths)
+        solved.regularized_cost.sum().backward()
+        found.append([*(value.detach() for value in (*solved[:2], *solved[3:])), leaves[0].grad, leaves[1].grad])
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-11)
 
 
 def test_there_is_no_plan():
     assert transport_cost(torch.rand(1, 2, 3), torch.rand(1, 2, 3)).plan is None
 
 
-def test_a_side_that_needs_no_gradient_gets_none():
+@by_backend
+def test_a_side_that_needs_no_gradient_gets_none(backend):
     x, y = torch.rand(1, 2, 3), torch.rand(1, 4, 3, requires_grad=True)
-    transport_cost(x, y).cost.sum().backward()
+    transport_cost(x, y, backend=backend).cost.sum().backward()
     assert x.grad is None
     assert y.grad is not None
 

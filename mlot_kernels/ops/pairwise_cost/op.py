@@ -8,26 +8,18 @@ import torch
 from torch import Tensor
 
 from mlot_kernels import checks
-from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.pairwise_cost import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
-from mlot_kernels.transport import METRICS
+from mlot_kernels.transport import METRICS, refusing_but_l1
 
 _TRITON = "mlot_kernels.ops.pairwise_cost.triton_kernels"
-
-
-def _cuda_refuses(x: Tensor, y: Tensor, metric: str) -> str | None:
-    if metric != "l1":
-        return "it has metric='l1' alone; pass backend='triton' or backend='reference', which have all of them"
-    return None
-
 
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "pairwise_cost_forward"),
     "triton": lazy(_TRITON, "forward"),
-    "cuda": refusing(native("cuda", "pairwise_cost_forward"), _cuda_refuses),
+    "cuda": refusing_but_l1(native("cuda", "pairwise_cost_forward"), 2),
 }
 BACKWARD = {
     "reference": reference.backward,

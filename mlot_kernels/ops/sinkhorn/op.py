@@ -27,11 +27,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "sinkhorn_forward"),
     "triton": refusing_implicit(lazy(_TRITON, "forward"), 11),
+    "cuda": refusing_implicit(native("cuda", "sinkhorn_forward"), 11),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "sinkhorn_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "sinkhorn_backward"),
 }
 
 

@@ -18,6 +18,7 @@ from mlot_kernels.transport import (
     Transport,
     TransportOptions,
     prepare_options,
+    refusing_but_l1,
     refusing_implicit,
 )
 
@@ -31,11 +32,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "transport_cost_forward"),
     "triton": refusing_implicit(lazy(_TRITON, "forward"), 13),
+    "cuda": refusing_but_l1(refusing_implicit(native("cuda", "transport_cost_forward"), 13), 7),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "transport_cost_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "transport_cost_backward"),
 }
 
 

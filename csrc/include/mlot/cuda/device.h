@@ -31,6 +31,8 @@ constexpr unsigned kThreads = 256;  // of a block that owns a row, or a part of 
 
 // Numbers
 
+constexpr double kLog2E = 1.4426950408889634, kLog2 = 0.6931471805599453;
+
 template <class T>
 struct AccumulatorOf {
   using type = float;

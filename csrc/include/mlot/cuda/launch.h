@@ -58,7 +58,7 @@ void launch(void (*kernel)(P...), const Shape& shape, void* stream, const P&... 
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel of mlot_kernels was not launched");
 }
 
-#else  // MLOT_ON_HOST_THREADS, MLOT_ON_HOST_CLUSTER and MLOT_ON_HOST_ORDER (0, 1, 2) choose what a test runs
+#else  // MLOT_ON_HOST_THREADS, _CLUSTER, _SHARED (bytes) and _ORDER (0, 1, 2) choose what a test runs
 
 inline unsigned from_environment(const char* name, unsigned otherwise) {
   const char* text = std::getenv(name);
@@ -69,7 +69,7 @@ inline unsigned threads_of_a_block(unsigned) { return from_environment("MLOT_ON_
 
 inline unsigned most_in_a_cluster() { return from_environment("MLOT_ON_HOST_CLUSTER", 1); }
 
-inline unsigned most_shared_bytes() { return 227 << 10; }
+inline unsigned most_shared_bytes() { return from_environment("MLOT_ON_HOST_SHARED", 227 << 10); }
 
 template <class... P>
 void launch(void (*kernel)(P...), const Shape& shape, void*, const P&... arguments) {

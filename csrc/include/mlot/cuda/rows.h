@@ -11,7 +11,6 @@
 
 namespace mlot::cuda {
 
-constexpr double kLog2E = 1.4426950408889634, kLog2 = 0.6931471805599453;
 constexpr double kDeviationOffset = 1e-4;  // of the published Multi-Level-OT code, added after the square root
 
 // The row of `slot`; null where none counts there.
