@@ -15,6 +15,7 @@ from mlot_kernels.losses import (
 from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.pairwise_cost import pairwise_cost
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
+from mlot_kernels.ops.row_divergence import row_divergence
 from mlot_kernels.ops.row_entropy import row_entropy
 from mlot_kernels.ops.sinkhorn import sinkhorn
 from mlot_kernels.ops.sorted_l1 import sorted_l1
@@ -44,6 +45,7 @@ __all__ = [
     "pair",
     "pairwise_cost",
     "rank_truncate",
+    "row_divergence",
     "row_entropy",
     "sequence_transport_loss",
     "sinkhorn",

@@ -71,8 +71,16 @@ def integer(name: str, value: Any, least: int, most: int | None = None, what: st
     return value
 
 
-def number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
-    """``value`` as a finite float, above or at least a bound."""
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> float:
+    """``value`` as a finite float, within bounds."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Python number, got a tensor; pass .item()")
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
@@ -84,6 +92,10 @@ def number(name: str, value: Any, *, above: float | None = None, least: float | 
         raise ValueError(f"{name} must be above {above:g}, got {value:g}")
     if least is not None and not value >= least:
         raise ValueError(f"{name} must be at least {least:g}, got {value:g}")
+    if below is not None and not value < below:
+        raise ValueError(f"{name} must be below {below:g}, got {value:g}")
+    if most is not None and not value <= most:
+        raise ValueError(f"{name} must be at most {most:g}, got {value:g}")
     return value
 
 

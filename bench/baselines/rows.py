@@ -6,6 +6,7 @@ returns the tuple of outputs of the operator of its name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,14 @@ def token_log_probability_by_cross_entropy(logits: Tensor, tokens: Tensor) -> tu
     """The same by ``torch.nn.functional.cross_entropy``."""
     loss = F.cross_entropy(wide(logits).flatten(0, 1), tokens.flatten(), reduction="none")
     return (-loss.view_as(tokens),)
+
+
+def jsd(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
+    """``[B, T, V]`` twice -> their Jensen-Shannon divergence, ``[B, T]``, by ``torch.nn.functional.kl_div``."""
+    log_q, log_p = (wide(x).log_softmax(-1) for x in (student, teacher))
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    parts = (F.kl_div(log_m, x, reduction="none", log_target=True).sum(-1) for x in (log_p, log_q))
+    return (sum(parts) / 2,)
 
 
 def topk_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

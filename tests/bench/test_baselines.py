@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench.baselines import rows, transport, trl_uld
+from bench.baselines import rows, transport, trl_gkd, trl_uld
 from bench.baselines.compiled import compiled
 from bench.baselines.multi_level_ot import dense_paper_loss, tidied_paper_loss
 from bench.baselines.uld import dense_uld_loss
@@ -18,6 +18,7 @@ from mlot_kernels import (
     multi_level_ot_loss,
     pairwise_cost,
     rank_truncate,
+    row_divergence,
     row_entropy,
     sinkhorn,
     sorted_l1,
@@ -103,6 +104,23 @@ def test_token_log_probability(baseline, shape, dtype):
 def test_sorted_l1(V_s, V_t, dtype):
     sides = logits(2, 5, V_s, dtype), logits(2, 5, V_t, dtype)
     assert_equal(rows.sorted_l1, lambda s, t: sorted_l1(s, t, **REFERENCE), *sides)
+
+
+@pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
+def test_jsd(dtype):
+    assert_equal(
+        rows.jsd, lambda s, t: row_divergence(s, t, kind="jsd", **REFERENCE), *(logits(2, 5, 61, dtype) for _ in "st")
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_trls_jsd(beta):
+    pytest.importorskip("trl.experimental.gkd", reason="TRL is not installed")
+    assert_equal(
+        lambda s, t: trl_gkd.trl_jsd(s, t, beta),
+        lambda s, t: row_divergence(s, t, kind="jsd", beta=beta, **REFERENCE),
+        *(logits(2, 5, 61, torch.float32) for _ in "st"),
+    )
 
 
 def features(B, n, D, dtype):
@@ -279,6 +297,7 @@ ONE_GRAPH = {
     "topk_softmax": (lambda x: rows.topk_softmax(x, K), 1),
     "rank_truncate": (lambda x: rows.rank_truncate(x, K, (1.0, 2.0)), 1),
     "sorted_l1": (rows.sorted_l1, 2),
+    "jsd": (rows.jsd, 2),
     "dense_paper_loss": (lambda s, t: dense_paper_loss(s, t, iterations=3), 2),
     "dense_uld_loss": (dense_uld_loss, 2),
 }

@@ -1,0 +1,251 @@
+"""A divergence of each pair of rows of two sides that share columns, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlot_kernels import checks
+from mlot_kernels.checks import accumulator
+from mlot_kernels.logits import Logits, Prepared, prepare
+from mlot_kernels.native import native
+from mlot_kernels.ops.row_divergence import reference
+from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+
+_SIDES = ", ".join(
+    f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
+    f"float {side}_temperature, bool {side}_standardize, SymInt {side}_vocab_size"
+    for side in ("student", "teacher")
+)
+_OPTIONS = "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation"
+_SAVED = ", ".join(
+    f"Tensor {side}_{scalar}"
+    for side in ("student", "teacher")
+    for scalar in ("peak", "log_total", "mean", "scale", "slope", "total", "moment")
+)
+_SAVED += ", Tensor share, Tensor target_log_total"
+
+FORWARD = {"reference": reference.forward, "cpu": native("cpu", "row_divergence_forward")}
+BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "row_divergence_backward")}
+
+
+def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    teacher_values = rest[5]
+    student, teacher = (accumulator(values.dtype) for values in (student_values, teacher_values))
+    both = torch.promote_types(student, teacher)
+    dtypes = (both, *(student,) * 7, *(teacher,) * 7, both, both)
+    return tuple(student_values.new_empty(student_index.shape, dtype=dtype) for dtype in dtypes)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    outputs = []
+    for (values, index), needed in zip((arguments[:2], arguments[7:9]), arguments[36:38], strict=True):
+        outputs += [
+            values.new_empty(values.shape if needed else (0,)),
+            values.new_empty(index.shape if needed else (0,), dtype=accumulator(values.dtype)),
+        ]
+    return tuple(outputs)
+
+
+_forward = raw_operator(
+    f"row_divergence_forward({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    fake=_forward_fake,
+    implementations=FORWARD,
+)
+_backward = raw_operator(
+    f"row_divergence_backward(Tensor grad, {_SIDES}, {_OPTIONS}, {_SAVED}, bool student_needed, bool teacher_needed, "
+    "str backend) -> (Tensor grad_student_values, Tensor grad_student_log_scale, Tensor grad_teacher_values, "
+    "Tensor grad_teacher_log_scale)",
+    fake=_backward_fake,
+    implementations=BACKWARD,
+)
+
+
+class RowDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        student_values: Tensor,
+        student_index: Tensor,
+        student_column_mask: Tensor | None,
+        student_log_scale: Tensor | None,
+        student_temperature: float,
+        student_standardize: bool,
+        student_vocab_size: int,
+        teacher_values: Tensor,
+        teacher_index: Tensor,
+        teacher_column_mask: Tensor | None,
+        teacher_log_scale: Tensor | None,
+        teacher_temperature: float,
+        teacher_standardize: bool,
+        teacher_vocab_size: int,
+        column_pairs: Tensor | None,
+        kind: str,
+        beta: float,
+        skew: float,
+        head: float,
+        interpolation: float,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return _forward(
+            student_values,
+            student_index,
+            student_column_mask,
+            student_log_scale,
+            student_temperature,
+            student_standardize,
+            student_vocab_size,
+            teacher_values,
+            teacher_index,
+            teacher_column_mask,
+            teacher_log_scale,
+            teacher_temperature,
+            teacher_standardize,
+            teacher_vocab_size,
+            column_pairs,
+            kind,
+            beta,
+            skew,
+            head,
+            interpolation,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:4], *inputs[7:11], inputs[14], *output[1:])
+        ctx.student_options, ctx.teacher_options = inputs[4:7], inputs[11:14]
+        ctx.options, ctx.backend = inputs[15:20], inputs[20]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        needed = needs[0] or needs[3], needs[7] or needs[10]
+        gradients = _backward(
+            grad.contiguous(),
+            *saved[:4],
+            *ctx.student_options,
+            *saved[4:8],
+            *ctx.teacher_options,
+            saved[8],
+            *ctx.options,
+            *saved[9:],
+            *needed,
+            ctx.backend,
+        )
+        by_side: list[tuple[Tensor | None, ...]] = []
+        for i, log_scale in enumerate((saved[3], saved[7])):
+            values, scale = gradients[2 * i : 2 * i + 2]
+            by_side.append(
+                (
+                    values if needed[i] else None,
+                    None,
+                    None,
+                    scale.to(log_scale.dtype) if needed[i] and log_scale is not None else None,
+                    None,
+                    None,
+                    None,
+                )
+            )
+        return *by_side[0], *by_side[1], *(None,) * 7
+
+
+_operator = differentiable_operator(
+    f"row_divergence({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    fake=_forward_fake,
+    function=RowDivergence,
+    forward=FORWARD,
+    backward=BACKWARD,
+)
+
+
+def row_divergence(
+    student: Tensor | Logits,
+    teacher: Tensor | Logits,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    head: float = 0.5,
+    interpolation: float = 1.0,
+    column_pairs: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A divergence of each pair of rows, over the columns that both sides look at.
+
+    With q the student's probabilities, p the teacher's, and KL(a | b) = sum a log(a / b)::
+
+        forward_kl          KL(p | q)
+        reverse_kl          KL(q | p)
+        jsd                 beta KL(p | m) + (1 - beta) KL(q | m),  m = beta p + (1 - beta) q
+                            as GKD (arXiv 2306.13649) and TRL have it; KL(p | q) for beta 0, KL(q | p) for 1
+        total_variation     sum |p - q| / 2
+        skew_kl             KL(p | skew p + (1 - skew) q)                        DistiLLM (arXiv 2402.03898)
+        skew_reverse_kl     KL(q | (1 - skew) p + skew q)
+        adaptive_kl         w KL(p | q) + (1 - w) KL(q | p)                      AKL (arXiv 2404.02657)
+                            w, a constant: the part of sum |p - q| at the teacher's largest probabilities, the fewest
+                            whose sum is above head of all; equal ones together
+
+    Args:
+        student, teacher: ``[B, T, V]`` or ``[N, V]``, float16, bfloat16, float32 or float64, or ``Logits``; the two may
+            differ in T and dtype, and with ``column_pairs`` in their vocabularies. Row a of one side meets row a of the
+            other: their rows have the same shape and count, as those that ``pair`` returns. Under temperatures nothing
+            is multiplied by their square. Where columns are left out or a log scale is given, p and q are what is
+            there: their sums may differ, and a KL may be negative.
+        kind: one of the above.
+        beta: of the jsd, 0 to 1.
+        skew: of the skewed ones, from 0, which makes a KL of them, to below 1.
+        head: of adaptive_kl, from 0 to below 1.
+        interpolation: TAID's t (arXiv 2501.16937), above 0 and up to 1: the student is held against the softmax of
+            (1 - t) its own logits, which are a constant there, + t the teacher's, each divided by its temperature.
+            ``forward_kl`` and whole vocabularies only.
+        column_pairs: int64 ``[P, 2]``, a student's column and the teacher's that it meets; the sum goes over the pairs.
+            None: every column meets the one of the same number, and the vocabularies have one size. A pair that names
+            a column that does not exist makes the result NaN.
+        backend: run on this backend or raise; by default the best one for the device.
+
+    Returns:
+        ``[B, A]`` (``[N]`` for ``[N, V]``), float32 (float64 where either side is float64); 0 beyond the counted rows,
+        NaN where only one of two rows counts or either holds NaN, inf where a KL is. Differentiable once with respect
+        to both sides' ``values`` and ``log_scale``. For rows that are equal to the bit it is 0, and so is its gradient
+        by the logits where every column meets.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, dtype, shape, device or value.
+        BackendUnavailable: ``backend`` cannot run this call.
+    """
+    s, t = prepare(student, "student"), prepare(teacher, "teacher")
+    _check(s, t, kind, interpolation, column_pairs)
+    beta = checks.number("beta", beta, least=0, most=1)
+    skew, head = (checks.number(name, value, least=0, below=1) for name, value in (("skew", skew), ("head", head)))
+    kind = reference.END_POINTS.get((kind, beta if kind == "jsd" else skew), kind)
+    loss = _operator(*s.side, *t.side, column_pairs, kind, beta, skew, head, float(interpolation), backend=backend)[0]
+    return s.restore(loss)
+
+
+def _check(s: Prepared, t: Prepared, kind: str, interpolation: float, column_pairs: Tensor | None) -> None:
+    if s.side.row_index.shape != t.side.row_index.shape:
+        raise ValueError(
+            "student and teacher must have rows of the same shape [B, A], got "
+            f"{tuple(s.side.row_index.shape)} and {tuple(t.side.row_index.shape)}; match them with mlot_kernels.pair"
+        )
+    checks.same_device(student=s.side.values, teacher=t.side.values, column_pairs=column_pairs)
+    checks.choice("kind", kind, reference.KINDS)
+    if column_pairs is not None:
+        checks.tensor("column_pairs", column_pairs, "[P, 2]", (torch.int64,))
+        checks.sized("column_pairs", column_pairs, (column_pairs.shape[0], 2), "[P, 2]")
+    elif s.side.vocab_size != t.side.vocab_size:
+        raise ValueError(
+            "student and teacher must have vocabularies of one size, got "
+            f"{s.side.vocab_size} and {t.side.vocab_size}; pass column_pairs, which say what column meets which, or "
+            "take a loss for different vocabularies, such as sorted_l1"
+        )
+    if checks.number("interpolation", interpolation, above=0, most=1) == 1:
+        return
+    if kind != "forward_kl":
+        raise ValueError(f"interpolation below 1 needs kind='forward_kl', got {kind!r} and {interpolation}")
+    if column_pairs is not None:
+        raise ValueError("interpolation below 1 mixes the logits of equal vocabularies; leave column_pairs out")
