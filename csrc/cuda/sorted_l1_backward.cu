@@ -42,7 +42,7 @@ __device__ inline const A* steps_of(const SortedL1Backward& call, int64_t slot) 
   return static_cast<const A*>(call.saved.steps) + slot * 2 * kSavedSteps;
 }
 
-// Whether columns `column` of a row is looked at; it need not exist.
+// Whether a row's column is looked at; it need not exist.
 __device__ inline bool looks_at(const LogitsRows& rows, int64_t column) {
   return !rows.column_mask || (column >= 0 && column < rows.vocab_size && rows.column_mask[column]);
 }
@@ -51,7 +51,8 @@ __device__ inline bool looks_at(const LogitsRows& rows, int64_t column) {
 // of the last step whose threshold it is below. Zeros where no pair counts and behind the distribution's columns, and
 // what does not stay where forward left no steps.
 template <class T, class A = Accumulator<T>>
-__global__ void __launch_bounds__(kThreads) backward_by_steps(SortedL1Backward call, int64_t stretches) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
+    backward_by_steps(SortedL1Backward call, int64_t stretches) {
   const LogitsRows& rows = call.rows;
   const auto gradient = [&](int64_t slot, const T*, int64_t begin, int64_t step, GradientVectors<T>& x) {
     if (!is_pair(call, slot)) {

@@ -26,6 +26,8 @@ if FULL:
 
 QUICK = "fidelity and not many and (float32 or float64 or ((bfloat16 or float16) and (odd or every)))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
+HARD = "ties or equals or tied or 16_bit"  # rows of the operators' own tests
+HARD = f"({HARD} or cross or hard or masked)" if FULL else f"({HARD}) and not (cross or gradcheck)"
 
 
 def environment(threads, cluster, order):
@@ -47,8 +49,8 @@ def test_operators_on_the_host(operator, threads, cluster, order):
             "-m",
             "pytest",
             "tests/test_contract.py",
-            f"tests/ops/test_{operator}.py",
-            f"-k=({operator}-cuda and ({ALL if FULL else QUICK})) or ((ties or equals) and cuda)",
+            *(str(path) for path in sorted(on_host.ROOT.glob(f"tests/ops/test_{operator}*.py"))),
+            f"-k=({operator}-cuda and ({ALL if FULL else QUICK})) or (cuda and {HARD})",
             "-pno:cacheprovider",
             "-pno:xdist",
             "--color=no",

@@ -37,6 +37,27 @@ __device__ inline void sum_before_each(unsigned* table) {
   }
 }
 
+// Sorts n keys, and with them their columns where these are not null, by comparing each with all others: for short
+// rows, whose digits would cost one wait for the cluster after the other.
+template <class Key>
+__device__ inline void sort_few_keys(Key* keys, Key* spare, uint32_t* columns, uint32_t* spare_columns, int n) {
+  const int first = int(cluster_rank() * blockDim.x + threadIdx.x), threads = int(cluster_size() * blockDim.x);
+  cluster_sync();  // what is sorted has been written
+  for (int i = first; i < n; i += threads) {
+    const Key key = keys[i];
+    int place = 0;
+    for (int j = 0; j < n; ++j) place += keys[j] < key || (keys[j] == key && j < i);
+    spare[place] = key;
+    if (columns) spare_columns[place] = columns[i];
+  }
+  cluster_sync();
+  for (int i = first; i < n; i += threads) {
+    keys[i] = spare[i];
+    if (columns) columns[i] = spare_columns[i];
+  }
+  cluster_sync();
+}
+
 // Sorts n keys, and with them their columns where these are not null, by digits from the last to the first: stable. A
 // warp owns a stretch of the keys, which it reads twice for each digit, first to count and then to move, 32 at a time.
 // What is sorted ends where it began: there is an even number of digits. Nothing depends on the order of atomics.
@@ -198,7 +219,13 @@ __device__ inline int sort_row(const T* row, const LogitsRows& rows, DescendingK
       }
     }
   });
-  sort_keys(keys, spare, columns, spare_columns, int(rows.vocab_size), memory);
+  constexpr int kFew = 512;
+  const int n = int(rows.vocab_size);
+  if (n <= kFew) {
+    sort_few_keys(keys, spare, columns, spare_columns, n);
+  } else {
+    sort_keys(keys, spare, columns, spare_columns, n, memory);
+  }
   return int(over_cluster(mine, [](unsigned a, unsigned b) { return a + b; }, static_cast<unsigned*>(joins)));
 }
 
