@@ -31,6 +31,30 @@ def test_every_16_bit_value_is_told_from_every_other(backend, dtype):
         assert error <= 2e-6 + 2 * torch.finfo(dtype).eps, error
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nearly_all_16_bit_values_of_bfloat16_have_room(backend):
+    values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    values = values[values.float().abs() <= 1e38][None]  # beyond, differences overflow
+    ours, expected = (
+        sorted_l1(Logits(x, temperature=1e37), Logits(x, temperature=2e37), backend=b)
+        for b, x in ((backend, values), ("reference", values.double()))
+    )
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_shows_in_long_rows_of_16_bit_values(backend, dtype):
+    student, teacher = torch.randn(2, 1, 3, 3000, generator=torch.Generator().manual_seed(4)).to(dtype)
+    clean = gradients(lambda s, t: sorted_l1(s, t, backend=backend), student, teacher)
+    student[0, 1, 7] = float("nan")
+    for own, truth in zip(
+        gradients(lambda s, t: sorted_l1(s, t, backend=backend), student, teacher), clean, strict=True
+    ):
+        assert own[0, 1].isnan().all()
+        assert (own[0, ::2] == truth[0, ::2]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_equal_logits_than_16_bits_count(backend, dtype):

@@ -8,8 +8,8 @@
 
 namespace mlot::cuda {
 
-constexpr unsigned kValues = 1 << 16;                  // of a key
-constexpr unsigned kMostListed = kValues - (1 << 11);  // none is infinite or NaN in float16, and fewer in bfloat16
+constexpr unsigned kValues = 1 << 16;                 // of a key
+constexpr unsigned kMostListed = kValues - (1 << 8);  // all but NaN: so many in bfloat16, in float16 fewer
 constexpr unsigned kGroup = kWarp, kGroups = kValues / kGroup;
 
 // An array in the shared memory of all blocks, in turns of 32 elements: neighbouring values are those that occur, and
@@ -141,7 +141,8 @@ __device__ inline CountedRow<T> count_row(const T* row, const LogitsRows& rows, 
 #pragma unroll
       for (int j = 0; j < kLanes<T>; ++j) {
         const int64_t column = first + i * step + j;  // -inf behind the row
-        if (x[i][j] == A(-INFINITY) || (rows.column_mask && !rows.column_mask[column])) continue;
+        // NaN, which -inf is not below either, shows in the row's scalars.
+        if (!(x[i][j] > A(-INFINITY)) || (rows.column_mask && !rows.column_mask[column])) continue;
         const unsigned key = descending_key<T>(x[i][j]), place = kHasWindow ? Window::place(key) : Window::kSize;
         atomicAdd(place < Window::kSize ? window + place : counts.at(key), 1u);
       }
@@ -192,12 +193,10 @@ __device__ inline CountedRow<T> count_row(const T* row, const LogitsRows& rows, 
     }
     counts.mine[i * kGroup + lane] = before.logits + up_to;
     const unsigned place = before.values + unsigned(__popc(occur & ((1u << lane) - 1)));
-    if (count > 0 && place < kMostListed) {  // a row that has NaN may have more
-      *list.at(place) = uint16_t(((i << shift) + cluster_rank()) * kGroup + lane);
-    }
+    if (count > 0) *list.at(place) = uint16_t(((i << shift) + cluster_rank()) * kGroup + lane);
   }
   cluster_sync();
-  return {counts, list, int(scanned.all.values < kMostListed ? scanned.all.values : kMostListed), law};
+  return {counts, list, int(scanned.all.values), law};
 }
 
 }  // namespace mlot::cuda
