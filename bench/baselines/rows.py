@@ -43,10 +43,11 @@ def token_log_probability_by_cross_entropy(logits: Tensor, tokens: Tensor) -> tu
 
 def jsd(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
     """``[B, T, V]`` twice -> their Jensen-Shannon divergence, ``[B, T]``, by ``torch.nn.functional.kl_div``."""
-    log_q, log_p = (wide(x).log_softmax(-1) for x in (student, teacher))
+    log_q, log_p = wide(student).log_softmax(-1), wide(teacher).log_softmax(-1)
     log_m = torch.logaddexp(log_q, log_p) - math.log(2)
-    parts = (F.kl_div(log_m, x, reduction="none", log_target=True).sum(-1) for x in (log_p, log_q))
-    return (sum(parts) / 2,)
+    of_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
+    of_student = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
+    return ((of_teacher + of_student) / 2,)
 
 
 def topk_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -32,11 +32,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "sorted_l1_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": native("cuda", "sorted_l1_forward"),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "sorted_l1_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "sorted_l1_backward"),
 }
 
 
