@@ -297,7 +297,6 @@ ONE_GRAPH = {
     "topk_softmax": (lambda x: rows.topk_softmax(x, K), 1),
     "rank_truncate": (lambda x: rows.rank_truncate(x, K, (1.0, 2.0)), 1),
     "sorted_l1": (rows.sorted_l1, 2),
-    "jsd": (rows.jsd, 2),
     "dense_paper_loss": (lambda s, t: dense_paper_loss(s, t, iterations=3), 2),
     "dense_uld_loss": (dense_uld_loss, 2),
 }
