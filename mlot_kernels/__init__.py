@@ -3,10 +3,12 @@
 from mlot_kernels.backends import BackendUnavailable, explain, use_backend
 from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses import (
+    DivergenceLoss,
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
     SequenceTransportLoss,
     ULDLoss,
+    divergence_loss,
     multi_level_ot_loss,
     official_multi_level_ot_loss,
     sequence_transport_loss,
@@ -27,6 +29,7 @@ from mlot_kernels.transport import Transport
 
 __all__ = [
     "BackendUnavailable",
+    "DivergenceLoss",
     "Logits",
     "MultiLevelOTLoss",
     "OfficialMultiLevelOTLoss",
@@ -37,6 +40,7 @@ __all__ = [
     "TopK",
     "Transport",
     "ULDLoss",
+    "divergence_loss",
     "explain",
     "gather_columns",
     "match_columns",

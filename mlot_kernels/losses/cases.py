@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mlot_kernels.cases import Case, Outputs
-from mlot_kernels.losses import MultiLevelOTLoss, OfficialMultiLevelOTLoss, SequenceTransportLoss, ULDLoss
+from mlot_kernels.losses import (
+    DivergenceLoss,
+    MultiLevelOTLoss,
+    OfficialMultiLevelOTLoss,
+    SequenceTransportLoss,
+    ULDLoss,
+)
+from mlot_kernels.ops.row_divergence.reference import KINDS
 
 Loss = Callable[..., nn.Module]  # takes the loss's options and ``backend``
 
@@ -131,6 +138,26 @@ def _uld(draw: _Inputs) -> Iterator[Case]:
     yield case("unequal numbers of spans", student, teacher, *unequal, reduction="none", smooth=False)
 
 
+def _divergence(draw: _Inputs) -> Iterator[Case]:
+    student, teacher = draw.randn(2, 7, 37), draw.randn(2, 9, 37)
+    ragged = draw.labels("..xxxx.", ".xx..xx"), draw.labels("...xxxxxx", ".x...xxxx")
+
+    def case(name: str, *arguments: Any, **options: Any) -> Case:
+        return _case(name, DivergenceLoss, *arguments, **options)
+
+    for kind in KINDS:  # a part of adaptive_kl is held constant
+        yield case(kind, student, teacher, *ragged, kind=kind, smooth=kind != "adaptive_kl")
+    yield case("teacher held fixed, no reduction", student, teacher, *ragged, teacher_fixed=True, reduction="none")
+    yield case("temperatures", student, teacher, *ragged, student_temperature=2.0, teacher_temperature=1.5)
+    yield case("token weights", student, teacher, *ragged, kind="jsd", token_weight=draw.weight(2, 7))
+    padded: dict[str, Any] = {"student_vocab_size": 31, "teacher_vocab_size": 31}
+    yield case("padded vocabularies", student, teacher, *ragged, kind="jsd", **padded)
+    pairs = draw.lengths(3, 8, 0, 20, 30, 4).view(3, 2)
+    yield case("pairs of columns", student, teacher[..., :29], *ragged, kind="jsd", column_pairs=pairs % 29)
+    unequal = draw.labels("..xxxx.", ".xx..xx"), draw.labels("...xxxxxx", "...xxxxxx")
+    yield case("unequal numbers of spans", student, teacher, *unequal, reduction="none", smooth=False)
+
+
 def _sequence_transport(draw: _Inputs) -> Iterator[Case]:
     x, y = draw.randn(3, 5, 6), draw.randn(3, 7, 6)
     lengths = draw.lengths(5, 2, 4), draw.lengths(3, 7, 6)
@@ -152,6 +179,7 @@ def _sequence_transport(draw: _Inputs) -> Iterator[Case]:
 
 
 _CASES: dict[str, Callable[[_Inputs], Iterator[Case]]] = {
+    "DivergenceLoss": _divergence,
     "MultiLevelOTLoss": _multi_level_ot,
     "OfficialMultiLevelOTLoss": _official_multi_level_ot,
     "SequenceTransportLoss": _sequence_transport,
@@ -190,13 +218,14 @@ def _case(
         return (module(*sides, *which, token_weight=token_weight, num_items_in_batch=num_items_in_batch),)
 
     each = int(options.get("reduction") == "none")
+    rows = 2 * each if loss is DivergenceLoss else each  # its losses are rows'
     return Case(
         name,
         inputs,
         call,
         lambda inputs: call(inputs, "reference"),
         input_rows=(2,) * len(inputs),
-        output_rows=(each,),
+        output_rows=(rows,),
         batch_dimensions=(0,) * each,
         gradient_scale=lambda inputs: (scale,) * len(inputs),
         condition=condition,
