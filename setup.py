@@ -114,12 +114,10 @@ class Ninja:
         self.rule("compile", compile_, "  depfile = $out.d", "  deps = gcc")
         self.rule("link", link)
         if tools.cuda:
-            code = [f"-gencode arch=compute_{name},code=sm_{name}" for name in tools.cuda.architectures]
-            code += [f"-gencode arch=compute_{name},code=compute_{name}" for name in tools.cuda.ptx]
             nvcc = [
                 f"{tools.cuda.home}/bin/nvcc -std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
                 f"-ccbin {tools.compiler}",
-                *code,
+                *tools.cuda.options(),
                 f"-Xcompiler=-ffile-prefix-map={ROOT}=.",
                 f"-I{SOURCES}/include",
                 "-MMD -MF $out.d -c $in -o $out",

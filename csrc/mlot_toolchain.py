@@ -22,6 +22,7 @@ TARGET_VERSION = "0x020a000000000000"  # OLDEST_TORCH as torch's headers write i
 OLDEST_CUDA = (12, 4)
 OLDEST_ARCHITECTURE = 80
 ARCHITECTURES = ("80", "90", "100", "120")  # those of them that nvcc knows, where TORCH_CUDA_ARCH_LIST is not set
+FRONT_ENDS = ("80", "90")
 
 SANITIZE = os.environ.get("MLOT_SANITIZE", "")
 
@@ -65,6 +66,11 @@ class Toolkit:
     @property
     def name(self) -> str:
         return "{}.{}".format(*self.version)
+
+    def options(self) -> list[str]:
+        """nvcc's: each of its front ends, half of a compilation, serves all architectures for which it reads alike."""
+        code = [f"-gencode arch=compute_{virtual(name)},code=sm_{name}" for name in self.architectures]
+        return code + [f"-gencode arch=compute_{name},code=compute_{name}" for name in self.ptx]
 
     def targets(self) -> list[str]:
         return [*(f"sm_{x}" for x in self.architectures), *(f"compute_{x}" for x in self.ptx)]
@@ -137,7 +143,7 @@ def architectures(known: list[str], nvcc: str) -> tuple[tuple[str, ...], tuple[s
     wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
     if wanted == [""]:
         ours = tuple(name for name in ARCHITECTURES if name in known)
-        return ours, ours[-1:]
+        return ours, tuple(virtual(name) for name in ours[-1:])
     code, ptx = [], []
     for item in wanted:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
@@ -158,6 +164,13 @@ def architectures(known: list[str], nvcc: str) -> tuple[tuple[str, ...], tuple[s
     if not code:
         raise Missing(f"TORCH_CUDA_ARCH_LIST names nothing from sm_{OLDEST_ARCHITECTURE} on; add one, or unset it")
     return tuple(code), tuple(ptx)
+
+
+def virtual(architecture: str) -> str:
+    """What nvcc's front end reads the kernels for: they tell chips without clusters of blocks from those with."""
+    if not architecture.isdigit():
+        return architecture  # 90a is no other's
+    return max((x for x in FRONT_ENDS if int(x) <= int(architecture)), key=int)
 
 
 def find_compiler() -> str:

@@ -114,6 +114,8 @@ def test_kernels_are_compiled_for_what_nvcc_knows(tree, toolkit):
     done = setup(tree, "--version", CUDA_HOME=toolkit("12.4", "50", "80", "90"))
     assert "CUDA kernels: CUDA 12.4 for sm_80, sm_90, compute_90" in done.stderr
     assert done.stdout.strip() == "0.1.0.dev0+cu124"
+    done = setup(tree, "--version", CUDA_HOME=toolkit("13.0", "75", "80", "86", "90", "100", "110", "120"))
+    assert "CUDA kernels: CUDA 13.0 for sm_80, sm_90, sm_100, sm_120, compute_90" in done.stderr
 
 
 @pytest.mark.parametrize(

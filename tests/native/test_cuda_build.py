@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import FULL
 from tests.native import on_host
-from wheels import check
+from wheels import build, check
 
 ROOT = on_host.ROOT
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -55,7 +55,7 @@ def test_kernels_keep_their_budget(source, architecture, nvcc, tmp_path):
         str(nvcc),
         "-std=c++17",
         "-O3",
-        f"-arch=sm_{architecture}",
+        f"-gencode=arch=compute_{build.mlot_toolchain.virtual(architecture)},code=sm_{architecture}",
         f"-I{ROOT}/csrc/include",
         "-Xptxas=-v",
         "-cubin",
