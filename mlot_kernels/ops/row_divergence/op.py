@@ -7,18 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlot_kernels import checks
+from mlot_kernels import checks, sides
 from mlot_kernels.checks import accumulator
-from mlot_kernels.logits import Logits, Prepared, prepare
+from mlot_kernels.logits import Logits, Prepared
 from mlot_kernels.native import native
 from mlot_kernels.ops.row_divergence import reference
 from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
 
-_SIDES = ", ".join(
-    f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
-    f"float {side}_temperature, bool {side}_standardize, SymInt {side}_vocab_size"
-    for side in ("student", "teacher")
-)
 _OPTIONS = "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation"
 _SAVED = ", ".join(
     f"Tensor {side}_{scalar}"
@@ -40,24 +35,17 @@ def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> 
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    outputs = []
-    for (values, index), needed in zip((arguments[:2], arguments[7:9]), arguments[36:38], strict=True):
-        outputs += [
-            values.new_empty(values.shape if needed else (0,)),
-            values.new_empty(index.shape if needed else (0,), dtype=accumulator(values.dtype)),
-        ]
-    return tuple(outputs)
+    return sides.fake_gradients(arguments, arguments[36:38])
 
 
 _forward = raw_operator(
-    f"row_divergence_forward({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    f"row_divergence_forward({sides.SCHEMA}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
     fake=_forward_fake,
     implementations=FORWARD,
 )
 _backward = raw_operator(
-    f"row_divergence_backward(Tensor grad, {_SIDES}, {_OPTIONS}, {_SAVED}, bool student_needed, bool teacher_needed, "
-    "str backend) -> (Tensor grad_student_values, Tensor grad_student_log_scale, Tensor grad_teacher_values, "
-    "Tensor grad_teacher_log_scale)",
+    f"row_divergence_backward(Tensor grad, {sides.SCHEMA}, {_OPTIONS}, {_SAVED}, bool student_needed, "
+    f"bool teacher_needed, str backend) -> {sides.GRADIENTS_SCHEMA}",
     fake=_backward_fake,
     implementations=BACKWARD,
 )
@@ -136,25 +124,11 @@ class RowDivergence(torch.autograd.Function):
             *needed,
             ctx.backend,
         )
-        by_side: list[tuple[Tensor | None, ...]] = []
-        for i, log_scale in enumerate((saved[3], saved[7])):
-            values, scale = gradients[2 * i : 2 * i + 2]
-            by_side.append(
-                (
-                    values if needed[i] else None,
-                    None,
-                    None,
-                    scale.to(log_scale.dtype) if needed[i] and log_scale is not None else None,
-                    None,
-                    None,
-                    None,
-                )
-            )
-        return *by_side[0], *by_side[1], *(None,) * 7
+        return *sides.gradients_of_inputs(gradients, needed, (saved[3], saved[7])), *(None,) * 7
 
 
 _operator = differentiable_operator(
-    f"row_divergence({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    f"row_divergence({sides.SCHEMA}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
     fake=_forward_fake,
     function=RowDivergence,
     forward=FORWARD,
@@ -217,7 +191,7 @@ def row_divergence(
         TypeError, ValueError: an argument has another type, dtype, shape, device or value.
         BackendUnavailable: ``backend`` cannot run this call.
     """
-    s, t = prepare(student, "student"), prepare(teacher, "teacher")
+    s, t = sides.prepare_pair(student, teacher)
     _check(s, t, kind, interpolation, column_pairs)
     beta = checks.number("beta", beta, least=0, most=1)
     skew, head = (checks.number(name, value, least=0, below=1) for name, value in (("skew", skew), ("head", head)))
@@ -227,12 +201,7 @@ def row_divergence(
 
 
 def _check(s: Prepared, t: Prepared, kind: str, interpolation: float, column_pairs: Tensor | None) -> None:
-    if s.side.row_index.shape != t.side.row_index.shape:
-        raise ValueError(
-            "student and teacher must have rows of the same shape [B, A], got "
-            f"{tuple(s.side.row_index.shape)} and {tuple(t.side.row_index.shape)}; match them with mlot_kernels.pair"
-        )
-    checks.same_device(student=s.side.values, teacher=t.side.values, column_pairs=column_pairs)
+    checks.same_device(student=s.side.values, column_pairs=column_pairs)
     checks.choice("kind", kind, reference.KINDS)
     if column_pairs is not None:
         checks.tensor("column_pairs", column_pairs, "[P, 2]", (torch.int64,))

@@ -18,6 +18,7 @@ from mlot_kernels.logits import (
     spread_rows,
     values_gradient,
 )
+from mlot_kernels.sides import where_both_count
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "total_variation", "skew_kl", "skew_reverse_kl", "adaptive_kl")
 
@@ -51,7 +52,7 @@ def row_divergence(student: Side, teacher: Side, options: Options) -> Tensor:
     met = columns_that_meet(student, teacher, options.column_pairs)
     log_p, log_q = met.log_p(log_p, 1), met.log_p(log_q, 0)
     loss = _DEFINITIONS[options.kind](log_p, log_q, log_p.exp(), log_q.exp(), options)
-    return _where_both_count(loss, student.row_index, teacher.row_index)
+    return where_both_count(loss, student.row_index, teacher.row_index)
 
 
 def _relative_entropy(p: Tensor, log_p: Tensor, log_m: Tensor) -> Tensor:
@@ -150,12 +151,6 @@ def columns_that_meet(student: Side, teacher: Side, column_pairs: Tensor | None)
     ]
     left_out = None if not masks else masks[0] if len(masks) == 1 else masks[0] | masks[1]
     return Meeting(columns, outside, left_out)
-
-
-def _where_both_count(loss: Tensor, student_index: Tensor, teacher_index: Tensor) -> Tensor:
-    """0 where neither row counts, NaN where only one does: such rows are no pair."""
-    student, teacher = student_index >= 0, teacher_index >= 0
-    return loss.masked_fill(student != teacher, float("nan")).masked_fill(~student & ~teacher, 0)
 
 
 # The explicit forward and backward: what a kernel computes, step by step.
@@ -301,7 +296,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         scalars = (d.peak, d.log_total, d.mean, d.scale, d.slope, total, moment)
         saved += [scalar.masked_fill(side.row_index < 0, 0) for scalar in scalars]
     saved += [scalar.masked_fill(student.row_index < 0, 0) for scalar in (pair.share, pair.log_total)]
-    return _where_both_count(pair.loss, student.row_index, teacher.row_index), *saved
+    return where_both_count(pair.loss, student.row_index, teacher.row_index), *saved
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

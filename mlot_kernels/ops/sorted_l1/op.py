@@ -7,18 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlot_kernels import checks
+from mlot_kernels import checks, sides
 from mlot_kernels.checks import accumulator
-from mlot_kernels.logits import Logits, prepare
+from mlot_kernels.logits import Logits
 from mlot_kernels.native import native
 from mlot_kernels.ops.sorted_l1 import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
-_SIDES = ", ".join(
-    f"Tensor {side}_values, Tensor {side}_index, Tensor? {side}_column_mask, Tensor? {side}_log_scale, "
-    f"float {side}_temperature, bool {side}_standardize, SymInt {side}_vocab_size"
-    for side in ("student", "teacher")
-)
 _SAVED = ", ".join(
     f"Tensor {side}_{scalar}"
     for side in ("student", "teacher")
@@ -53,24 +48,17 @@ def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> 
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    outputs = []
-    for (values, index), needed in zip((arguments[:2], arguments[7:9]), arguments[33:35], strict=True):
-        outputs += [
-            values.new_empty(values.shape if needed else (0,)),
-            values.new_empty(index.shape if needed else (0,), dtype=accumulator(values.dtype)),
-        ]
-    return tuple(outputs)
+    return sides.fake_gradients(arguments, arguments[33:35])
 
 
 _forward = raw_operator(
-    f"sorted_l1_forward({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    f"sorted_l1_forward({sides.SCHEMA}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
     fake=_forward_fake,
     implementations=FORWARD,
 )
 _backward = raw_operator(
-    f"sorted_l1_backward(Tensor grad, {_SIDES}, {_OPTIONS}, {_SAVED}, bool student_needed, bool teacher_needed, "
-    "str backend) -> (Tensor grad_student_values, Tensor grad_student_log_scale, Tensor grad_teacher_values, "
-    "Tensor grad_teacher_log_scale)",
+    f"sorted_l1_backward(Tensor grad, {sides.SCHEMA}, {_OPTIONS}, {_SAVED}, bool student_needed, bool teacher_needed, "
+    f"str backend) -> {sides.GRADIENTS_SCHEMA}",
     fake=_backward_fake,
     implementations=BACKWARD,
 )
@@ -142,25 +130,11 @@ class SortedL1(torch.autograd.Function):
             *needed,
             ctx.backend,
         )
-        by_side = []
-        for i, log_scale in enumerate((saved[3], saved[7])):
-            values, scale = gradients[2 * i : 2 * i + 2]
-            by_side.append(
-                (
-                    values if needed[i] else None,
-                    None,
-                    None,
-                    scale.to(log_scale.dtype) if needed[i] and log_scale is not None else None,
-                    None,
-                    None,
-                    None,
-                )
-            )
-        return *by_side[0], *by_side[1], None, None, None, None
+        return *sides.gradients_of_inputs(gradients, needed, (saved[3], saved[7])), *(None,) * 4
 
 
 _operator = differentiable_operator(
-    f"sorted_l1({_SIDES}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
+    f"sorted_l1({sides.SCHEMA}, {_OPTIONS}, str backend) -> (Tensor loss, {_SAVED})",
     fake=_forward_fake,
     function=SortedL1,
     forward=FORWARD,
@@ -206,13 +180,7 @@ def sorted_l1(
         TypeError, ValueError: an argument has another type, dtype, shape, device or value.
         BackendUnavailable: ``backend`` cannot run this call.
     """
-    s, t = prepare(student, "student"), prepare(teacher, "teacher")
-    if s.side.row_index.shape != t.side.row_index.shape:
-        raise ValueError(
-            "student and teacher must have rows of the same shape [B, A], got "
-            f"{tuple(s.side.row_index.shape)} and {tuple(t.side.row_index.shape)}; match them with mlot_kernels.pair"
-        )
-    checks.same_device(student=s.side.values, teacher=t.side.values)
+    s, t = sides.prepare_pair(student, teacher)
     checks.choice("ties", ties, reference.TIES)
     checks.choice("tail", tail, reference.TAILS)
     if top_k is not None:

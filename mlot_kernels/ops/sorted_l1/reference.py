@@ -17,6 +17,7 @@ from mlot_kernels.logits import (
     spread_rows,
     values_gradient,
 )
+from mlot_kernels.sides import where_both_count
 
 TIES = ("mean", "stable")
 TAILS = ("bucket", "drop")
@@ -30,7 +31,7 @@ def sorted_l1(student: Side, teacher: Side, ties: str, top_k: int, tail: str) ->
     loss, for_student, for_teacher = compare(p.detach(), q.detach(), student, teacher, ties, top_k, tail)
     # The signs are constants of the order, so that sum s (p - q) has the loss's gradient; its value would cancel.
     slope = (for_student * p).sum(-1) + (for_teacher * q).sum(-1)
-    return _where_both_count(loss + slope - slope.detach(), student.row_index, teacher.row_index)
+    return where_both_count(loss + slope - slope.detach(), student.row_index, teacher.row_index)
 
 
 def compare(
@@ -83,12 +84,6 @@ def _mean_over_ties(sign: Tensor, key: Tensor) -> Tensor:
     return total / length
 
 
-def _where_both_count(loss: Tensor, student_index: Tensor, teacher_index: Tensor) -> Tensor:
-    """0 where neither row counts, NaN where only one does: such rows are no pair."""
-    student, teacher = student_index >= 0, teacher_index >= 0
-    return loss.masked_fill(student != teacher, float("nan")).masked_fill(~student & ~teacher, 0)
-
-
 # The explicit forward and backward: what a kernel computes, step by step.
 
 
@@ -105,7 +100,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         scalars = (d.peak, d.log_total, d.mean, d.scale, d.slope, total, moment)
         saved += [scalar.masked_fill(side.row_index < 0, 0) for scalar in scalars]
         saved.append(total.new_zeros(*total.shape, *STEPS))  # backward sorts again
-    return _where_both_count(loss, student.row_index, teacher.row_index), *saved
+    return where_both_count(loss, student.row_index, teacher.row_index), *saved
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
