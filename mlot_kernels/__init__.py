@@ -25,6 +25,7 @@ from mlot_kernels.ops.token_log_probability import token_log_probability
 from mlot_kernels.ops.topk_softmax import TopK, topk_softmax
 from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.rows import Pairing, Rows, pair
+from mlot_kernels.teachers import TeacherHidden, TeacherTopK
 from mlot_kernels.transport import Transport
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "Ranked",
     "Rows",
     "SequenceTransportLoss",
+    "TeacherHidden",
+    "TeacherTopK",
     "TopK",
     "Transport",
     "ULDLoss",

@@ -213,3 +213,10 @@ def _cut(rows: Rows, slot: Tensor, count: Tensor, behind: Tensor) -> Rows:
         return Rows(nowhere, count, nowhere.clone(), rows.spans, rows.length)
     index, span = (x.gather(1, slot).masked_fill(behind, -1) for x in (rows.index, rows.span))
     return Rows(index, count, span, rows.spans, rows.length)
+
+
+def gather_rows(x: Tensor, position: Tensor) -> Tensor:
+    """``x`` ``[B, T, K]`` at ``position`` ``[B, n]``, ``[B, n, K]``; -1 and any position of no rows mean nothing."""
+    if x.shape[1] == 0:
+        return x.new_zeros(*position.shape, x.shape[2])
+    return x.gather(1, position.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mlot_kernels import checks
 from mlot_kernels.backends import BACKENDS
 from mlot_kernels.rows import Rows
+from mlot_kernels.teachers import Teacher, TeacherHidden, TeacherTopK, by_position
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -33,7 +34,7 @@ class LogitsLoss(Loss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Teacher,
         student_labels: Tensor | Rows | None = None,
         teacher_labels: Tensor | Rows | None = None,
         *,
@@ -54,25 +55,44 @@ class LogitsLoss(Loss):
         )
 
 
-def two_sides(student_logits: Any, teacher_logits: Any, token_weight: Any = None) -> None:
-    """Check the logits ``[B, T, V]`` of both sides, and the weight ``[B, T_student]`` of the student's tokens."""
+def two_sides(student_logits: Any, teacher: Any, token_weight: Any = None, *, dense_because: str = "") -> None:
+    """Check the student's logits ``[B, T, V]``, the teacher, and the weight ``[B, T_student]`` of the student's tokens.
+
+    Args:
+        dense_because: why a loss takes no other form of a teacher than its logits; empty where it does.
+    """
     checks.tensor("student_logits", student_logits, "[B, T, V]")
-    checks.tensor("teacher_logits", teacher_logits, "[B, T, V]")
-    if student_logits.shape[0] != teacher_logits.shape[0]:
+    if not isinstance(teacher, (TeacherHidden, TeacherTopK)):
+        checks.tensor("teacher_logits", teacher, "[B, T, V]")
+    elif dense_because:
+        raise TypeError(f"teacher_logits must be a tensor, got {type(teacher).__name__}: {dense_because}; pass logits")
+    positions = by_position(teacher)
+    if student_logits.shape[0] != positions.shape[0]:
         raise ValueError(
             "student_logits and teacher_logits must have the same batch size, got "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+            f"{tuple(student_logits.shape)} and {tuple(positions.shape)}"
         )
     if token_weight is not None:
         checks.tensor("token_weight", token_weight, "[B, T]")
         checks.sized("token_weight", token_weight, student_logits.shape[:2], "[B, T] as student_logits")
-    checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits, token_weight=token_weight)
+    checks.same_device(student_logits=student_logits, teacher_logits=positions, token_weight=token_weight)
 
 
 def vocabulary(name: str, size: int | None, logits: Tensor) -> int:
     """The size of a side's vocabulary: ``size``, or the width of its logits."""
     width = logits.shape[2]
     return width if size is None else checks.integer(name, size, 1, width, "the width of its logits")
+
+
+def teacher_vocabulary(size: int | None, teacher: Teacher) -> int | None:
+    """The same of the teacher's: ``size``, or the width of its logits, or None for a top-k, which has none."""
+    if isinstance(teacher, Tensor):
+        return vocabulary("teacher_vocab_size", size, teacher)
+    if isinstance(teacher, TeacherHidden):
+        most = teacher.width
+        return most if size is None else checks.integer("teacher_vocab_size", size, 1, most, "the rows of its head")
+    K = teacher.log_probabilities.shape[2]
+    return None if size is None else int(checks.integer("teacher_vocab_size", size, K))
 
 
 def at_rows(weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor | None:

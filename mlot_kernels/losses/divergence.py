@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlot_kernels import checks
@@ -14,18 +16,30 @@ from mlot_kernels.losses.common import (
     check_backend,
     check_reduction,
     reduce,
+    teacher_vocabulary,
     two_sides,
     vocabulary,
     weighted,
 )
+from mlot_kernels.ops.rank_truncate import gather_columns
 from mlot_kernels.ops.row_divergence import row_divergence
 from mlot_kernels.ops.row_divergence.reference import KINDS
-from mlot_kernels.rows import Rows, pair
+from mlot_kernels.row_blocks import by_blocks
+from mlot_kernels.rows import Pairing, Rows, pair
+from mlot_kernels.teachers import (
+    SpreadTopK,
+    Teacher,
+    TeacherTopK,
+    by_position,
+    check_temperature,
+    log_rest,
+    need_columns,
+)
 
 
 def divergence_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Teacher,
     student_labels: Tensor | Rows | None = None,
     teacher_labels: Tensor | Rows | None = None,
     *,
@@ -81,26 +95,21 @@ def divergence_loss(
     two_sides(student_logits, teacher_logits, token_weight)
     pairs = pair(
         Rows.of(student_labels, student_logits, shift=shift, name="student_labels"),
-        Rows.of(teacher_labels, teacher_logits, shift=shift, name="teacher_labels"),
+        Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels"),
     )
-    student, teacher = (
-        Logits(logits, rows, temperature, vocab_size=vocabulary(f"{side}_vocab_size", size, logits))
-        for side, logits, rows, temperature, size in (
-            ("student", student_logits, pairs.student, student_temperature, student_vocab_size),
-            ("teacher", teacher_logits, pairs.teacher, teacher_temperature, teacher_vocab_size),
-        )
-    )
-    each = row_divergence(
-        student,
-        teacher,
-        kind=kind,
-        beta=beta,
-        skew=skew,
-        head=head,
-        interpolation=interpolation,
-        column_pairs=column_pairs,
-        backend=backend,
-    )  # [B, A]
+    V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)
+    V_t = teacher_vocabulary(teacher_vocab_size, teacher_logits) or V_s
+    student = Logits(student_logits, pairs.student, student_temperature, vocab_size=V_s)
+    options = {
+        "kind": kind,
+        "beta": beta,
+        "skew": skew,
+        "head": head,
+        "interpolation": interpolation,
+        "column_pairs": column_pairs,
+        "backend": backend,
+    }
+    each = _divergences(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
     weight = at_rows(token_weight, pairs.student, each)
     if weight is None:
         weight = pairs.student.counted.to(each.dtype)
@@ -112,6 +121,79 @@ def divergence_loss(
         "divergence": reduce(each.detach(), weight, "mean", num_items_in_batch),
         "rows": pairs.student.count.sum(),
     }
+
+
+def _divergences(
+    student: Logits,
+    teacher: Teacher,
+    pairs: Pairing,
+    temperature: float,
+    vocab_size: int,
+    options: dict[str, Any],
+) -> Tensor:
+    """``row_divergence`` of the paired rows, whatever the teacher comes as, ``[B, A]``."""
+    if isinstance(teacher, Tensor):
+        return row_divergence(student, Logits(teacher, pairs.teacher, temperature, vocab_size=vocab_size), **options)
+    if isinstance(teacher, TeacherTopK):
+        need_columns(teacher, "DivergenceLoss")
+        check_temperature(teacher, temperature)
+        if teacher.tail != "uniform":
+            return _of_outcomes(student, teacher, pairs, temperature, vocab_size, options)
+    source = SpreadTopK(teacher, vocab_size) if isinstance(teacher, TeacherTopK) else teacher
+    return by_blocks(partial(row_divergence, **options), student, source, pairs, temperature, vocab_size)
+
+
+def _of_outcomes(
+    student: Logits,
+    teacher: TeacherTopK,
+    pairs: Pairing,
+    temperature: float,
+    vocab_size: int,
+    options: dict[str, Any],
+) -> Tensor:
+    """The divergence of K + 1 outcomes: the teacher's columns, and all others together.
+
+    Where the teacher's part of the others is 0 this is the divergence over all columns: each term is then a multiple of
+    the student's probability, and so is their sum.
+    """
+    _check_outcomes(teacher.tail, student.vocab_size, vocab_size, options)
+    log_p, columns = teacher.at(pairs.teacher.index, vocab_size)  # [B, A, K]
+    unknown = log_p == float("-inf")
+    backend = options["backend"]
+    log_q = gather_columns(student, columns.masked_fill(unknown, 0), backend=backend).log_probabilities[0]
+    log_q = log_q.masked_fill(unknown, float("-inf"))
+    rest = log_rest(log_p) if teacher.tail == "bucket" else torch.full_like(log_p[..., :1], float("-inf"))
+    rows = Rows.from_mask(pairs.student.counted, spans="one")  # of [B, A, K + 1]
+    q = Logits(torch.cat((log_q, log_rest(log_q)), -1), rows)
+    p = Logits(torch.cat((log_p, rest), -1), rows, temperature)
+    return row_divergence(q, p, **options)
+
+
+def _check_outcomes(tail: str, student_size: int | None, teacher_size: int | None, options: dict[str, Any]) -> None:
+    where = f"a TeacherTopK with tail={tail!r}"
+    kind, beta, skew = options["kind"], options["beta"], options["skew"]
+    if student_size != teacher_size:
+        raise ValueError(
+            f"student and teacher must have vocabularies of one size, got {student_size} and {teacher_size}"
+        )
+    if options["column_pairs"] is not None:
+        raise ValueError(
+            f"column_pairs cannot be used with {where}, which compares the teacher's columns and the rest as a whole; "
+            "take tail='uniform', or write the student's numbers into its columns and leave column_pairs out"
+        )
+    if tail == "bucket" and options["interpolation"] < 1:
+        raise ValueError(
+            f"interpolation below 1 mixes logits, which {where} does not know of its tail; "
+            "take 'renormalize' or 'uniform'"
+        )
+    infinite = (
+        kind in ("reverse_kl", "adaptive_kl") or (kind, beta) == ("jsd", 1) or (kind, skew) == ("skew_reverse_kl", 0)
+    )
+    if tail == "renormalize" and infinite:
+        raise ValueError(
+            f"{kind} is infinite where the teacher's probability is 0, which {where} makes of all columns but the K; "
+            "take tail='bucket' or 'uniform'"
+        )
 
 
 def _check_options(student_temperature: float, teacher_temperature: float, kind: str, shift: int) -> None:

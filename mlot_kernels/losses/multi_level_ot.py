@@ -16,15 +16,18 @@ from mlot_kernels.losses.common import (
     check_backend,
     check_reduction,
     reduce,
+    teacher_vocabulary,
     two_sides,
     vocabulary,
     weighted,
 )
+from mlot_kernels.losses.teacher_ranks import rank_teacher
 from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.rank_truncate.reference import SCOPES
 from mlot_kernels.ops.transport_cost import transport_cost
-from mlot_kernels.rows import Pairing, Rows, pair
+from mlot_kernels.rows import Pairing, Rows, gather_rows, pair
+from mlot_kernels.teachers import Teacher, by_position
 from mlot_kernels.transport import MARGINALS
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ MATCHINGS = ("sum", "greedy", "optimal")
 
 def multi_level_ot_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Teacher,
     student_labels: Tensor | Rows | None = None,
     teacher_labels: Tensor | Rows | None = None,
     *,
@@ -73,7 +76,10 @@ def multi_level_ot_loss(
 
     Args:
         student_logits: ``[B, T_s, V_s]``, teacher_logits: ``[B, T_t, V_t]``; float16, bfloat16, float32 or float64, the
-            two may differ in everything but B. Lower precisions are computed in float32.
+            two may differ in everything but B. Lower precisions are computed in float32. Instead of its logits the
+            teacher may be ``TeacherHidden``, of which one sequence's logits exist at a time (not for scope
+            ``"batch"``), or ``TeacherTopK`` with columns, tail ``"renormalize"`` or ``"uniform"``, and
+            ``teacher_vocab_size``; with scope ``"token"`` k is at most its K.
         student_labels, teacher_labels: which rows count: integers ``[B, T]`` (-100 is ignored), a bool mask ``[B, T]``,
             ``Rows``, or None for all. Row i of answer span r on one side is paired with row i of span r on the other; a
             sequence whose two sides have different numbers of spans gives NaN.
@@ -124,23 +130,24 @@ def multi_level_ot_loss(
     check_reduction(reduction, num_items_in_batch)
     two_sides(student_logits, teacher_logits, token_weight)
     student_rows = Rows.of(student_labels, student_logits, shift=shift, name="student_labels")
-    teacher_rows = Rows.of(teacher_labels, teacher_logits, shift=shift, name="teacher_labels")
+    teacher_rows = Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels")
     V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)
-    V_t = vocabulary("teacher_vocab_size", teacher_vocab_size, teacher_logits)
+    V_t = teacher_vocabulary(teacher_vocab_size, teacher_logits)
+    if V_t is None:
+        raise ValueError("a TeacherTopK needs teacher_vocab_size, whose columns are ranked, got None; pass it")
 
     pairs = pair(student_rows, teacher_rows)
-    z_s, z_t = (
-        Logits(student_logits, student_rows, vocab_size=V_s),
-        Logits(teacher_logits, teacher_rows, vocab_size=V_t),
-    )
+    z_s = Logits(student_logits, student_rows, vocab_size=V_s)
     also_at = (transport_temperature,)
     kept = min(k, V_s, V_t)
-    teacher = rank_truncate(z_t, k=kept, scope=scope, also_at=also_at, backend=backend)
+    teacher = rank_teacher(
+        teacher_logits, teacher_rows, k=kept, scope=scope, also_at=also_at, vocab_size=V_t, backend=backend
+    )
     if matching == "sum":
         student = rank_truncate(z_s, k=kept, scope=scope, also_at=also_at, backend=backend)
     else:
         paired_teacher = teacher._replace(
-            log_probabilities=_at_slots(teacher.log_probabilities[0], pairs.teacher_slot)[None]
+            log_probabilities=gather_rows(teacher.log_probabilities[0], pairs.teacher_slot)[None]
         )
         columns = match_columns(replace(z_s, rows=pairs.student), paired_teacher, method=matching, backend=backend)
         # -1 stands for a NaN, which shows by itself at any column, and there in the gradient, too.
@@ -210,8 +217,8 @@ def _paired_terms(
     student: Ranked, teacher: Ranked, pairs: Pairing, token_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``sum |t - s|`` and ``-sum t log s`` over the paired rows and the k columns, ``[B]`` each."""
-    log_s = _at_slots(student.log_probabilities[0], pairs.student_slot)  # [B, A, k]
-    log_t = _at_slots(teacher.log_probabilities[0], pairs.teacher_slot)
+    log_s = gather_rows(student.log_probabilities[0], pairs.student_slot)  # [B, A, k]
+    log_t = gather_rows(teacher.log_probabilities[0], pairs.teacher_slot)
     s, t = log_s.exp(), log_t.exp()
     absolute = (t - s).abs().sum(-1)  # [B, A]
     logarithmic = -torch.where(t == 0, 0, t * log_s.masked_fill(t == 0, 0)).sum(-1)  # 0 * -inf is 0 here
@@ -219,13 +226,6 @@ def _paired_terms(
     unpaired = ~pairs.student.counted
     absolute, logarithmic = (weighted(term.masked_fill(unpaired, 0), weight) for term in (absolute, logarithmic))
     return absolute.sum(1), logarithmic.sum(1)
-
-
-def _at_slots(log_p: Tensor, slot: Tensor) -> Tensor:
-    """``log_p`` ``[B, A, k]`` at the rows ``slot`` ``[B, P]``: ``[B, P, k]``, of no meaning beyond the pairs."""
-    if log_p.shape[1] == 0:
-        return log_p.new_zeros(*slot.shape, log_p.shape[2])
-    return log_p.gather(1, slot[..., None].expand(-1, -1, log_p.shape[2]))
 
 
 class MultiLevelOTLoss(LogitsLoss):

@@ -21,6 +21,7 @@ from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.rows import Rows
+from mlot_kernels.teachers import Teacher
 
 REVISIONS = ("712cfb4", "d8d298f", "77e32ae")
 MATCHINGS = ("sum", "greedy")
@@ -88,7 +89,7 @@ def official_multi_level_ot_loss(
     _check_options(*options)
     _check_matching(matching, revision)
     check_reduction(reduction, num_items_in_batch)
-    two_sides(student_logits, teacher_logits)
+    two_sides(student_logits, teacher_logits, dense_because="the published code reads every column of every row")
     student_rows = _answer(student_labels, student_logits, ignore_index, skip_student_eos, "student")
     teacher_rows = _answer(teacher_labels, teacher_logits, ignore_index, skip_teacher_eos, "teacher")
     B = student_logits.shape[0]
@@ -249,7 +250,7 @@ class OfficialMultiLevelOTLoss(LogitsLoss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Teacher,
         student_labels: Tensor | Rows | None = None,
         teacher_labels: Tensor | Rows | None = None,
         *,
