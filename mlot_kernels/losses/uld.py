@@ -162,7 +162,7 @@ def _with_bucket(options: dict[str, Any], K: int) -> dict[str, Any]:
 
 
 def _tail_bound(teacher: Teacher, pairs: Pairing, temperature: float, like: Tensor) -> Tensor:
-    """How far each row's distance may be from that of the whole teacher, ``[B, A]``; the README.md of ``sorted_l1`` has the reasons."""
+    """How far a row's distance may be from the whole teacher's, ``[B, A]``; ops/sorted_l1/README.md says why."""
     if not isinstance(teacher, TeacherTopK):
         return torch.zeros_like(like)
     if temperature > 1:  # which makes more of the tail, nobody knows how much
