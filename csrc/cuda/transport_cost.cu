@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kTransportThreads, 1)
   using A = Accumulator<T>;
   MLOT_SHARED_MEMORY(TransportMemory<A>, shared);
   Problem<A, kOnChip> problem(call.transport.options, shape, first, shared, room);
-  A* const costs = problem.take_matrix(0, room);
+  A* const costs = problem.matrix(0, room);
   write_l1_costs(problem, Features<T>(call.x, problem.number), Features<T>(call.y, problem.number), call.width, costs);
   problem.read(costs);
   Solver<A, kOnChip>(call.transport, problem).solve();

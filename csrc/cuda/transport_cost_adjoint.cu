@@ -19,16 +19,16 @@ __global__ void __launch_bounds__(kTransportThreads, 1)
   using A = Accumulator<T>;
   MLOT_SHARED_MEMORY(TransportMemory<A>, shared);
   Problem<A, kOnChip> problem(call.transport.options, shape, first, shared, room);
-  A* const costs = problem.take_matrix(0, room);
-  A* const grad_cost = problem.take_matrix(1, room);
+  A* const costs = problem.matrix(0, room);
   write_l1_costs(problem, Features<T>(call.x, problem.number), Features<T>(call.y, problem.number), call.width, costs);
   problem.read(costs);
   if constexpr (kEnvelope) {
-    write_envelope(call.transport, problem, grad_cost);
+    write_envelope(call.transport, problem, problem.matrix(1, room));
   } else {
-    Adjoint<A, kOnChip>(call.transport, steps, problem, grad_cost).differentiate();
+    Adjoint<A, kOnChip>(call.transport, steps, problem, problem.matrix(1, room)).differentiate();
   }
   cluster_sync();
+  const A* const grad_cost = problem.matrix(1, room);
   const Features<T> x(call.x, problem.number), y(call.y, problem.number);
   if (call.grad_x) {
     T* const gradient = static_cast<T*>(call.grad_x) + problem.number * problem.options.rows * call.width;

@@ -178,6 +178,7 @@ struct Problem {
     parts_ = take(2 * each_);
     b = take(columns), a = take(shape.rows);
     tile = take(int64_t(shape.tile_rows) * columns);
+    if (shape.matrices_on_chip) take(shape.matrices * int64_t(shape.rows) * columns);
     if (threadIdx.x == 0) memory.seen[0] = memory.seen[1] = memory.rows_far = 0;
     write_marginals();
   }
@@ -202,8 +203,8 @@ struct Problem {
   __device__ A* parts_of(int64_t step) const { return parts_ + step % 2 * each_; }
 
   // The workspace's matrix number `which`, this block's rows.
-  __device__ A* take_matrix(int which, void* room) {
-    if (shape.matrices_on_chip) return take(int64_t(shape.rows) * columns);
+  __device__ A* matrix(int which, void* room) const {
+    if (shape.matrices_on_chip) return tile + (shape.tile_rows + int64_t(which) * shape.rows) * columns;
     const int64_t problems = gridDim.x / cluster_size(), problem = blockIdx.x / cluster_size();
     A* const first = reinterpret_cast<A*>(static_cast<char*>(room) + shape.room_of_workspaces(problems));
     return first + ((problem * shape.matrices + which) * options.rows + first_row) * columns;
