@@ -20,6 +20,7 @@ from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.row_divergence import row_divergence
 from mlot_kernels.ops.row_entropy import row_entropy
 from mlot_kernels.ops.sinkhorn import sinkhorn
+from mlot_kernels.ops.soft_rank import soft_rank
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.token_log_probability import token_log_probability
 from mlot_kernels.ops.topk_softmax import TopK, topk_softmax
@@ -56,6 +57,7 @@ __all__ = [
     "row_entropy",
     "sequence_transport_loss",
     "sinkhorn",
+    "soft_rank",
     "sorted_l1",
     "token_log_probability",
     "topk_softmax",

@@ -22,7 +22,8 @@ def tensor(name: str, value: Any, shape: str, dtypes: Sequence[torch.dtype] = FL
     """``value`` itself, if it is a plain tensor of one of ``dtypes`` with as many dimensions as ``shape`` names.
 
     Args:
-        shape: how messages write the shape, e.g. ``"[B, T, V]"``; several are joined by " or ".
+        shape: how messages write the shape, e.g. ``"[B, T, V]"``; several are joined by " or ". ``"[..., n]"`` has any
+            number of dimensions, at least those that are named.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
@@ -36,8 +37,11 @@ def tensor(name: str, value: Any, shape: str, dtypes: Sequence[torch.dtype] = FL
         raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {value.dtype}{way_out}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got layout {value.layout}; call .to_dense()")
-    dimensions = [option.count(",") + 1 if option != "[]" else 0 for option in shape.split(" or ")]
-    if value.dim() not in dimensions:
+    if shape.startswith("[..."):
+        fits = value.dim() >= shape.count(",")
+    else:
+        fits = value.dim() in [option.count(",") + 1 if option != "[]" else 0 for option in shape.split(" or ")]
+    if not fits:
         raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
     return value
 
