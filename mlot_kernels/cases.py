@@ -44,6 +44,7 @@ class Case:
         excess: for outputs that are indices, which have no gradient and may differ where choices are nearly as good:
             ``(inputs, outputs) -> `` by how much each choice is worse than the best, inf where it is no choice at all.
         waits: by design the call waits for the device.
+        roundings: of a gradient to its input's dtype: one for each operator that adds to it, and one for each sum.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     smooth: bool = True
     excess: Callable[[tuple[Tensor, ...], Outputs], Tensor] | None = None
     waits: bool = False
+    roundings: int = 1
 
 
 def logits_examples(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Logits, bool]]:

@@ -195,7 +195,8 @@ def _held_to_tolerance(case: Case, backend: str | None) -> parity.Fidelity:
     measured = parity.fidelity(case, backend)
     shares = [measured.share]
     errors = measured.output_error, measured.gradient_error
-    for what, error, allowed in zip(("value", "gradient"), errors, tolerance(case.inputs[0].dtype), strict=True):
+    bounds = tolerance(case.inputs[0].dtype, case.roundings)
+    for what, error, allowed in zip(("value", "gradient"), errors, bounds, strict=True):
         if error is None or not error <= allowed:
             raise parity.Mismatch(f"{what}: {error} off relative to float64, at most {allowed:.3g}")
         shares.append(error / allowed)

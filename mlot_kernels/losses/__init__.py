@@ -3,6 +3,7 @@
 from mlot_kernels.losses.divergence import DivergenceLoss, divergence_loss
 from mlot_kernels.losses.multi_level_ot import MultiLevelOTLoss, multi_level_ot_loss
 from mlot_kernels.losses.official_multi_level_ot import OfficialMultiLevelOTLoss, official_multi_level_ot_loss
+from mlot_kernels.losses.ranking import RankingLoss, ranking_loss
 from mlot_kernels.losses.sequence_transport import SequenceTransportLoss, sequence_transport_loss
 from mlot_kernels.losses.uld import ULDLoss, uld_loss
 
@@ -10,11 +11,13 @@ __all__ = [
     "DivergenceLoss",
     "MultiLevelOTLoss",
     "OfficialMultiLevelOTLoss",
+    "RankingLoss",
     "SequenceTransportLoss",
     "ULDLoss",
     "divergence_loss",
     "multi_level_ot_loss",
     "official_multi_level_ot_loss",
+    "ranking_loss",
     "sequence_transport_loss",
     "uld_loss",
 ]

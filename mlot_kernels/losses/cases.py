@@ -18,6 +18,7 @@ from mlot_kernels.losses import (
     DivergenceLoss,
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
+    RankingLoss,
     SequenceTransportLoss,
     ULDLoss,
 )
@@ -31,16 +32,16 @@ def cases(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     return list(_CASES[name](_Inputs(dtype, device)))
 
 
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
+def tolerance(dtype: torch.dtype, roundings: int = 1) -> tuple[float, float]:
     """How far a loss and its gradient may be from float64, each as a share of the largest value there.
 
     Both precisions read the same rounded logits, and a loss is kept in at least float32, so that the logits' own dtype
-    costs nothing but one rounding of the gradient at its end: half a last place. What comes before are sums in float32
-    (float64 for float64), through Sinkhorn's iteration, whose steps divide costs by epsilon = 0.1 and so magnify
+    costs nothing but ``roundings`` of the gradient at its end, half a last place each. What comes before are sums in
+    float32 (float64 for float64), through Sinkhorn's iteration, whose steps divide costs by epsilon = 0.1 and so magnify
     rounding a few dozen times: 64 last places.
     """
     sums = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return sums, sums + (torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0)
+    return sums, sums + (roundings * torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0)
 
 
 class _Inputs:
@@ -158,6 +159,26 @@ def _divergence(draw: _Inputs) -> Iterator[Case]:
     yield case("unequal numbers of spans", student, teacher, *unequal, reduction="none", smooth=False)
 
 
+def _ranking(draw: _Inputs) -> Iterator[Case]:
+    student, teacher = draw.randn(2, 7, 37), draw.randn(2, 9, 37)
+    ragged = draw.labels("..xxxx.", ".xx..xx"), draw.labels("...xxxxxx", ".x...xxxx")
+
+    def case(name: str, *arguments: Any, **options: Any) -> Case:
+        return _case(name, RankingLoss, *arguments, roundings=3 if "base" in options else 1, **options)
+
+    yield case("alone", student, teacher, *ragged)
+    yield case("paper", student, teacher, *ragged, k=5, ranking_weight=2.0, base="forward_kl")
+    yield case("official", student, teacher, *ragged, k=5, dedup="official", base="reverse_kl", base_weight=0.5)
+    yield case("dynamic, no reduction", student, teacher, *ragged, base="jsd", dynamic=True, reduction="none")
+    yield case("teacher held fixed", student, teacher, *ragged, teacher_fixed=True, epsilon=3.0)
+    yield case("probabilities", student, teacher, *ragged, space="probabilities")
+    yield case("token weights", student, teacher, *ragged, token_weight=draw.weight(2, 7))
+    yield case("padded vocabularies", student, teacher, *ragged, student_vocab_size=31, teacher_vocab_size=31)
+    yield case("vocabularies below k", student[..., :6], teacher[..., :6], *ragged)
+    unequal = draw.labels("..xxxx.", ".xx..xx"), draw.labels("...xxxxxx", "...xxxxxx")
+    yield case("unequal numbers of spans", student, teacher, *unequal, reduction="none", smooth=False)
+
+
 def _sequence_transport(draw: _Inputs) -> Iterator[Case]:
     x, y = draw.randn(3, 5, 6), draw.randn(3, 7, 6)
     lengths = draw.lengths(5, 2, 4), draw.lengths(3, 7, 6)
@@ -182,6 +203,7 @@ _CASES: dict[str, Callable[[_Inputs], Iterator[Case]]] = {
     "DivergenceLoss": _divergence,
     "MultiLevelOTLoss": _multi_level_ot,
     "OfficialMultiLevelOTLoss": _official_multi_level_ot,
+    "RankingLoss": _ranking,
     "SequenceTransportLoss": _sequence_transport,
     "ULDLoss": _uld,
 }
@@ -201,13 +223,14 @@ def _case(
     scale: float = 1.0,
     smooth: bool = True,
     waits: bool = False,
+    roundings: int = 1,
     **options: Any,
 ) -> Case:
     """Differentiable inputs are the two sides, or the student's alone.
 
     Args:
         which: labels or lengths of both sides.
-        condition, scale, smooth, waits: as the attributes of ``Case``; ``scale`` is that of every gradient.
+        condition, scale, smooth, waits, roundings: as the attributes of ``Case``; ``scale`` is that of every gradient.
         options: of the loss.
     """
     inputs = (first,) if teacher_fixed else (first, second)
@@ -218,7 +241,7 @@ def _case(
         return (module(*sides, *which, token_weight=token_weight, num_items_in_batch=num_items_in_batch),)
 
     each = int(options.get("reduction") == "none")
-    rows = 2 * each if loss is DivergenceLoss else each  # its losses are rows'
+    rows = 2 * each if loss in (DivergenceLoss, RankingLoss) else each  # their losses are rows'
     return Case(
         name,
         inputs,
@@ -231,4 +254,5 @@ def _case(
         condition=condition,
         smooth=smooth,
         waits=waits,
+        roundings=roundings,
     )

@@ -109,7 +109,7 @@ def divergence_loss(
         "column_pairs": column_pairs,
         "backend": backend,
     }
-    each = _divergences(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
+    each = divergences(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
     weight = at_rows(token_weight, pairs.student, each)
     if weight is None:
         weight = pairs.student.counted.to(each.dtype)
@@ -123,7 +123,7 @@ def divergence_loss(
     }
 
 
-def _divergences(
+def divergences(
     student: Logits,
     teacher: Teacher,
     pairs: Pairing,

@@ -1,0 +1,52 @@
+"""Single entries of rows of logits, and a gradient that is written there alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlot_kernels.checks import accumulator
+from mlot_kernels.registry import once_differentiable
+
+
+def entries(values: Tensor, index: Tensor, columns: Tensor) -> Tensor:
+    """``values`` ``[B, T, V]`` at the rows ``index`` ``[B, A]``, -1 for none, and each one's ``columns`` ``[B, A, m]``.
+
+    ``[B, A, m]`` in the accumulator's dtype; 0 where there is no row. A column may stand twice in a row, no
+    row stands twice. Differentiable once.
+    """
+    T = values.shape[1]
+    if T == 0:
+        return values.new_zeros(columns.shape, dtype=accumulator(values.dtype))
+    anywhere = torch.arange(index.shape[1], device=index.device).clamp(
+        max=T - 1
+    )  # apart, for backward adds zeros there
+    there = _Entries.apply(values, torch.where(index < 0, anywhere, index), columns)
+    return there.masked_fill(index[..., None] < 0, 0)
+
+
+class _Entries(torch.autograd.Function):
+    """Backward is the same on every run: a sum of two, and any zeros, has one value in whatever order it is made."""
+
+    @staticmethod
+    def forward(values: Tensor, position: Tensor, columns: Tensor) -> Tensor:
+        sequence = torch.arange(len(values), device=values.device)[:, None, None]
+        return values[sequence, position[..., None], columns].to(accumulator(values.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, position, columns = inputs
+        ctx.save_for_backward(position, columns)
+        ctx.shape, ctx.dtype = values.shape, values.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        position, columns = saved
+        B, T, V = ctx.shape
+        first = (torch.arange(B, device=grad.device)[:, None] * T + position) * V  # [B, A]
+        gradient = grad.new_zeros(B * T * V, dtype=ctx.dtype)
+        gradient.scatter_add_(0, (first[..., None] + columns).flatten(), grad.to(ctx.dtype).flatten())
+        return gradient.view(B, T, V), None, None
