@@ -37,8 +37,8 @@ def tolerance(dtype: torch.dtype, roundings: int = 1) -> tuple[float, float]:
 
     Both precisions read the same rounded logits, and a loss is kept in at least float32, so that the logits' own dtype
     costs nothing but ``roundings`` of the gradient at its end, half a last place each. What comes before are sums in
-    float32 (float64 for float64), through Sinkhorn's iteration, whose steps divide costs by epsilon = 0.1 and so magnify
-    rounding a few dozen times: 64 last places.
+    float32 (float64 for float64), through Sinkhorn's iteration, whose steps divide costs by epsilon = 0.1 and so
+    magnify rounding a few dozen times: 64 last places.
     """
     sums = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     return sums, sums + (roundings * torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0)

@@ -12,12 +12,14 @@ import torch
 from bench.baselines import rows, transport, trl_gkd, trl_uld
 from bench.baselines.compiled import compiled
 from bench.baselines.multi_level_ot import dense_paper_loss, tidied_paper_loss
+from bench.baselines.ranking import published_ranking
 from bench.baselines.uld import dense_uld_loss
 from mlot_kernels import (
     Rows,
     multi_level_ot_loss,
     pairwise_cost,
     rank_truncate,
+    ranking_loss,
     row_divergence,
     row_entropy,
     sinkhorn,
@@ -280,6 +282,18 @@ def test_a_baseline_that_is_not_installed_says_what_to_install(monkeypatch):
         trl_uld.trl_uld_loss(x, x, labels, labels)
     with pytest.raises(ValueError, match="shift must be 0 or 1, got 2"):
         trl_uld.trl_uld_loss(x, x, labels, labels, shift=2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", [2, 5, 20])
+def test_published_ranking(k, dtype):
+    assert_equal(
+        lambda s, t: published_ranking(s, t, k),
+        lambda s, t: ranking_loss(s, t, k=k, dedup="official", reduction="none", **REFERENCE),
+        *(logits(2, 5, 61, dtype) for _ in "st"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.fixture

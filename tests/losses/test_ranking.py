@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlot_kernels import RankingLoss, TeacherHidden, TeacherTopK, divergence_loss, ranking_loss
 from mlot_kernels.ops.row_divergence.reference import KINDS
@@ -127,6 +128,31 @@ def test_the_paper_and_the_published_code_add_their_base(base):
         ),
     ):
         torch.testing.assert_close(loss(student, teacher, *LABELS), expected)
+
+
+def operators_called(loss, *inputs) -> list[str]:
+    """The operators of this package that forward and backward run, and the bytes of logits that each takes."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "mlot":
+                large = sum(x.nbytes for x in args if isinstance(x, Tensor) and x.shape[-1:] == (V,))
+                called.append(f"{func.name()} {large}")
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Calls():
+        loss(*inputs).backward()
+    return sorted(called)
+
+
+def test_a_base_adds_no_read_of_the_logits_but_its_own():
+    student, teacher = logits_of(B, T, V).requires_grad_(), logits_of(B, T, V)
+    alone = operators_called(RankingLoss(k=5), student, teacher)
+    assert any("topk_softmax" in call for call in alone)
+    assert not any("backward" in call and "topk_softmax" in call for call in alone)  # ranks leave the normaliser alone
+    base = operators_called(lambda s, t: divergence_loss(s, t, kind="jsd"), student, teacher)
+    assert operators_called(RankingLoss.paper("jsd"), student, teacher) == sorted(alone + base)
 
 
 def test_the_dynamic_weight_is_the_part_of_the_columns_that_both_rank():
