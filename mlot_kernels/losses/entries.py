@@ -48,5 +48,6 @@ class _Entries(torch.autograd.Function):
         B, T, V = ctx.shape
         first = (torch.arange(B, device=grad.device)[:, None] * T + position) * V  # [B, A]
         gradient = grad.new_zeros(B * T * V, dtype=ctx.dtype)
-        gradient.scatter_add_(0, (first[..., None] + columns).flatten(), grad.to(ctx.dtype).flatten())
+        # Not scatter_add_, which on a CPU makes a float32 copy of all of a 16-bit gradient.
+        gradient.index_add_(0, (first[..., None] + columns).flatten(), grad.to(ctx.dtype).flatten())
         return gradient.view(B, T, V), None, None
