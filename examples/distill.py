@@ -1,7 +1,7 @@
 """Distil a small language model into a smaller one with another tokenizer, on Python's own documentation.
 
 Run ``python -m examples.distill --output demo``. It needs no download: the text is the documentation of the running
-Python, and both models are trained here from nothing. Two tokenizers cut the text differently; row i of a model's
+Python, and all models are trained here from nothing. Two tokenizers cut the text differently; row i of a model's
 logits predicts token i + 1, and a row counts where token i ends at the same character on both sides. The labels of all
 other tokens are masked, so that the counted rows of the two sides belong together one to one.
 
@@ -14,6 +14,7 @@ lower there than with cross-entropy alone.
     settings    quick, device, threads, python, torch, and the fields of ``training.Settings``
     corpus      train_characters, train_chunks, held_out_chunks, aligned_share (of the student's rows)
     teacher     vocabulary, parameters, cross_entropy_per_token (held out, counted rows), seconds
+    near_teacher   the same of a teacher that has the student's tokenizer, for the losses that compare columns
     student     vocabulary, parameters, cross_entropy_per_token (before distillation), seconds
     check       backend, shapes (of the student's and the teacher's logits), rows, differences and tolerances (both with
                 value, gradient, by_hand; relative), passed, measured: a list of name, value, milliseconds (median) and
@@ -71,6 +72,8 @@ LOSSES = [
     Entry("MultiLevelOT, greedy", mlot.MultiLevelOTLoss(matching="greedy"), weight=0.03),
     Entry("SequenceTransport", TokenTransport(), weight=1.5),
     Entry("ULD", mlot.ULDLoss(), weight=1.5),
+    Entry("Jensen-Shannon", mlot.DivergenceLoss("jsd"), weight=3.0, one_vocabulary=True),
+    Entry("Ranking, paper", mlot.RankingLoss.paper(), weight=0.5, one_vocabulary=True),
 ]
 
 
@@ -92,6 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         report.print_corpus(console, corpus, teacher.size, student.size)
         seconds = {
             "teacher": distillation.pretrain("teacher", teacher, corpus.teacher, settings.teacher_steps, seed=0),
+            "near_teacher": distillation.pretrain(
+                "near teacher", distillation.near_teacher, corpus.student, settings.near_teacher_steps, seed=0
+            ),
             "student": distillation.pretrain("student", student, corpus.student, settings.student_steps, seed=1),
         }
         checked = check(distillation.forward(student, "held_out", distillation.held_out[0]), settings.repeats)
@@ -120,6 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
             "parameters": teacher.size,
             "cross_entropy_per_token": distillation.teacher_cross_entropy(),
             "seconds": seconds["teacher"],
+        },
+        "near_teacher": {
+            "vocabulary": corpus.student.vocabulary,
+            "parameters": distillation.near_teacher.size,
+            "cross_entropy_per_token": distillation.teacher_cross_entropy(near=True),
+            "seconds": seconds["near_teacher"],
         },
         "student": {
             "vocabulary": corpus.student.vocabulary,

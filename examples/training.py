@@ -25,11 +25,13 @@ class Entry:
     Attributes:
         loss: called as ``loss(student_logits, teacher_logits, student_rows, teacher_rows)``.
         weight: of the loss beside the cross-entropy, which is a mean over tokens.
+        one_vocabulary: the loss compares columns, and so takes the teacher that has the student's tokenizer.
     """
 
     name: str
     loss: nn.Module
     weight: float
+    one_vocabulary: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Settings:
         documents: how many are read; None: all.
         chunk: characters, at most.
         batch, held_out: chunks.
-        teacher_steps, student_steps: before distillation, with cross-entropy on all tokens.
+        teacher_steps, near_teacher_steps, student_steps: before distillation, with cross-entropy on all tokens; the
+            near teacher is of the teacher's size and has the student's tokenizer.
         steps: of each run.
         evaluations: readings of held-out text in a run, after the first.
         repeats: of what is timed.
@@ -56,6 +59,7 @@ class Settings:
     batch: int = 8
     held_out: int = 24
     teacher_steps: int = 250
+    near_teacher_steps: int = 120
     student_steps: int = 5
     steps: int = 50
     evaluations: int = 5
@@ -72,6 +76,7 @@ QUICK = Settings(
     chunk=160,
     held_out=16,
     teacher_steps=60,
+    near_teacher_steps=40,
     student_steps=5,
     steps=20,
     evaluations=4,
@@ -111,7 +116,7 @@ class Plan(NamedTuple):
 
 
 class Both(NamedTuple):
-    """A batch of chunks as both models see it; logits ``[B, T, V]``."""
+    """A batch of chunks as a student and a teacher see it; logits ``[B, T, V]``."""
 
     student_logits: Tensor
     teacher_logits: Tensor
@@ -125,16 +130,20 @@ class Both(NamedTuple):
 
 
 class Distillation:
-    """The corpus, the two models and the held-out batches that all runs share."""
+    """The corpus, the models and the held-out batches that all runs share."""
 
     def __init__(self, corpus: Corpus, settings: Settings, device: torch.device, progress: Progress) -> None:
         self.corpus, self.settings, self.device, self.progress = corpus, settings, device, progress
         torch.manual_seed(0)
-        self.teacher, self.student = (
+        self.teacher, self.student, self.near_teacher = (
             LanguageModel(side.vocabulary, *model, longest=max(side.train.ids.shape[1], side.held_out.ids.shape[1])).to(
                 device
             )
-            for side, model in ((corpus.teacher, settings.teacher_model), (corpus.student, settings.student_model))
+            for side, model in (
+                (corpus.teacher, settings.teacher_model),
+                (corpus.student, settings.student_model),
+                (corpus.student, settings.teacher_model),
+            )
         )
         self.held_out = torch.arange(len(corpus.held_out))[: settings.held_out].split(settings.batch)
 
@@ -147,13 +156,14 @@ class Distillation:
             _step(model, optimizer, cross_entropy(model(batch.ids), batch.all_labels))
         return time.perf_counter() - start
 
-    def forward(self, student: LanguageModel, part: str, indices: Tensor) -> Both:
-        """Both models on the chunks ``indices`` of ``part``, ``"train"`` or ``"held_out"``."""
+    def forward(self, student: LanguageModel, part: str, indices: Tensor, *, near: bool = False) -> Both:
+        """The student and a teacher on the chunks ``indices`` of ``part``, ``"train"`` or ``"held_out"``."""
+        teacher, its_side = (self.near_teacher, self.corpus.student) if near else (self.teacher, self.corpus.teacher)
         student_tokens, teacher_tokens = (
-            getattr(side, part).batch(indices, self.device) for side in (self.corpus.student, self.corpus.teacher)
+            getattr(side, part).batch(indices, self.device) for side in (self.corpus.student, its_side)
         )
         with torch.no_grad():
-            teacher_logits = self.teacher(teacher_tokens.ids)
+            teacher_logits = teacher(teacher_tokens.ids)
         return Both(student(student_tokens.ids), teacher_logits, student_tokens, teacher_tokens)
 
     def run(self, entry: Entry | None, watched: Sequence[Entry], alone: Run | None = None) -> tuple[Run, LanguageModel]:
@@ -171,7 +181,7 @@ class Distillation:
         batches = self._batches(self.settings.steps, seed=2)
         for step, indices in enumerate(self.progress.track(batches, description=run.name), 1):
             start = time.perf_counter()
-            both = self.forward(model, "train", indices)
+            both = self.forward(model, "train", indices, near=entry is not None and entry.one_vocabulary)
             objective = cross_entropy(both.student_logits, both.student.labels)
             if entry is not None:
                 loss = entry.loss(both.student_logits, both.teacher_logits, *both.rows())
@@ -188,12 +198,13 @@ class Distillation:
         return run, model
 
     @torch.no_grad()
-    def teacher_cross_entropy(self) -> float:
+    def teacher_cross_entropy(self, *, near: bool = False) -> float:
         """Per token, over the counted rows of the held-out chunks."""
         nats, tokens = 0.0, 0
         for indices in self.held_out:
-            batch = self.corpus.teacher.held_out.batch(indices, self.device)
-            nats += float(cross_entropy(self.teacher(batch.ids), batch.labels, reduction="sum"))
+            both = self.forward(self.student, "held_out", indices, near=near)
+            batch = both.teacher
+            nats += float(cross_entropy(both.teacher_logits, batch.labels, reduction="sum"))
             tokens += int((batch.labels >= 0).sum())
         return nats / tokens
 
@@ -223,10 +234,12 @@ class Distillation:
         nats, tokens, characters = 0.0, 0, 0
         totals = dict.fromkeys((entry.name for entry in watched), 0.0)
         for indices in self.held_out:
-            both = self.forward(model, "held_out", indices)
-            for entry in watched:
-                value = entry.loss(both.student_logits, both.teacher_logits, *both.rows())
-                totals[entry.name] += len(indices) * float(value)
+            for near in sorted({entry.one_vocabulary for entry in watched}):
+                both = self.forward(model, "held_out", indices, near=near)
+                for entry in watched:
+                    if entry.one_vocabulary == near:
+                        value = entry.loss(both.student_logits, both.teacher_logits, *both.rows())
+                        totals[entry.name] += len(indices) * float(value)
             counted = both.student.labels >= 0
             nats += float(cross_entropy(both.student_logits, both.student.labels, reduction="sum"))
             tokens += int(counted.sum())
