@@ -29,6 +29,7 @@ from mlot_kernels import (
     parity,
     rank_truncate,
     row_entropy,
+    soft_rank,
     sorted_l1,
     token_log_probability,
     topk_softmax,
@@ -191,6 +192,10 @@ LARGE: dict[str, tuple[str, Callable[[Tensor, Rows, str], Outputs]]] = {
     "20 columns of each sequence": (
         "rank_truncate",
         lambda x, rows, backend: tuple(rank_truncate(Logits(x, rows), k=20, backend=backend)),
+    ),
+    "20 entries of each row": (
+        "soft_rank",
+        lambda x, rows, backend: (_ends(soft_rank(x[..., :20], backend=backend)),),
     ),
     "large student": (
         "sorted_l1",

@@ -2,16 +2,17 @@ import pytest
 import torch
 
 from mlot_kernels import BackendUnavailable, soft_rank, use_backend
-from tests.conftest import FULL, backends_of
+from tests.conftest import CUDA_ON_HOST, FULL, INTERPRETED, backends_of
 from tests.properties import given, st
 
 BACKENDS = backends_of("soft_rank")
-NARROW_ALONE = {"triton": 64}  # the widest row that a backend takes
-WIDTHS = (1, 2, 3, 16, 17, 33, 64, 65, 129, 1000)
+WIDEST = {"triton": 64, "cuda": 4096}  # row that a backend takes
 
 
-def takes(backend, width):
-    return width <= NARROW_ALONE.get(backend, width)
+def by_width(*widths):
+    """Every backend with the widths that it takes."""
+    runs = [(width, name) for name in BACKENDS for width in widths if width <= WIDEST.get(name, width)]
+    return pytest.mark.parametrize(("width", "backend"), runs, indirect=["backend"])
 
 
 @pytest.fixture(params=BACKENDS)
@@ -35,16 +36,29 @@ def by_scipy(theta):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_equals_scipys_isotonic_regression(width, dtype, backend):
-    if not takes(backend, width):
-        pytest.skip(f"{backend} refuses {width} entries: test_rows_beyond_the_widest_are_refused")
-    scales = [0.1, 1, 5, 30, 100] if FULL or backend != "triton" else [3]
+@by_width(1, 2, 3, 16, 17, 33, 64, 65, 129, 1000, *[4096] * FULL)
+@pytest.mark.usefixtures("backend")
+def test_equals_scipys_isotonic_regression(width, dtype):
+    scales = [0.1, 1, 5, 30, 100] if FULL or not (INTERPRETED or CUDA_ON_HOST) else [3]
     x = torch.stack([torch.randn(width) * scale for scale in scales]).to(dtype)
     ranks = soft_rank(x, epsilon=0.75)
     for row, found in zip(x, ranks, strict=True):
         tolerance = 1e-11 if dtype == torch.float64 else 1e-6 * width
         torch.testing.assert_close(found.double(), by_scipy(row.double() / 0.75), rtol=0, atol=tolerance)
+
+
+# Gaps around epsilon, so that blocks are pooled far from where they began to violate, on either side.
+@by_width(31, 64, 150)
+def test_blocks_that_grow_both_ways_equal_the_references(width, backend):
+    gaps = torch.tensor([0.0, 0.2, 0.9, 1.0, 1.1, 3.0])[torch.randint(6, (30, width))] * (
+        1 + 0.2 * torch.rand(30, width)
+    )
+    x = gaps.double().cumsum(1)[:, torch.randperm(width)].requires_grad_()
+    upstream = torch.randn(30, width, dtype=torch.float64)
+    ours, theirs = soft_rank(x), soft_rank(x, backend="reference")
+    torch.testing.assert_close(ours, theirs)
+    (gradient,), (expected,) = (torch.autograd.grad(y, x, upstream) for y in (ours, theirs))
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +187,9 @@ def test_any_epsilon_equals_its_limit(epsilon, backend):
     assert not torch.autograd.grad(ranks[0, 1], x)[0].isnan().any()
 
 
-@pytest.mark.parametrize("width", [5, 20, 64, 200])
-def test_gradient_equals_finite_differences(width, backend):
-    if not takes(backend, width):
-        pytest.skip(f"{backend} refuses {width} entries: test_rows_beyond_the_widest_are_refused")
+@by_width(5, 20, 64, 200)
+@pytest.mark.usefixtures("backend")
+def test_gradient_equals_finite_differences(width):
     x = torch.randn(2, width, dtype=torch.float64).mul(2)
     direction, upstream = torch.randn_like(x), torch.randn_like(x)
     leaf = x.clone().requires_grad_()
@@ -211,11 +224,9 @@ def test_empty_dimensions(shape, backend):
     assert torch.autograd.grad(ranks.sum(), x)[0].shape == shape
 
 
-@pytest.mark.parametrize("name", NARROW_ALONE)
+@pytest.mark.parametrize("name", [name for name in WIDEST if name in BACKENDS])
 def test_rows_beyond_the_widest_are_refused(name):
-    if name not in BACKENDS:
-        pytest.skip(f"{name} does not run here")
-    x = torch.randn(2, NARROW_ALONE[name] + 1)
+    x = torch.randn(2, WIDEST[name] + 1)
     with pytest.raises(BackendUnavailable, match=rf"soft_rank: backend '{name}': .*{x.shape[1]}.*usable here"):
         soft_rank(x, backend=name)
 

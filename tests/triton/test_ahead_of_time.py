@@ -30,6 +30,7 @@ from mlot_kernels import (
     rank_truncate,
     row_entropy,
     sinkhorn,
+    soft_rank,
     sorted_l1,
     token_log_probability,
     topk_softmax,
@@ -205,6 +206,12 @@ def on_costs(gradient: str, dtype: torch.dtype, M: int = 64, N: int = 64, plain:
     (solved.regularized_cost.sum() + (solved.plan.sum() if whole else 0)).backward()
 
 
+def on_ranks(width: int, dtype: torch.dtype, counted: bool = True) -> None:
+    values = torch.zeros(3, width, dtype=dtype, requires_grad=True)
+    lengths = torch.ones(3, dtype=torch.int64) if counted else None
+    soft_rank(values, lengths, backend="triton").sum().backward()
+
+
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
     path.write_bytes(cubin)
     text = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
@@ -296,6 +303,13 @@ def test_launches_on_costs_compile_within_budget(architecture, entries, dtype, g
     check(architecture, entries, dtype, lambda: on_costs(gradient, dtype, M, N, plain))
 
 
+@pytest.mark.parametrize("width", [20, 64] + [5, 16, 33] * FULL)
+@pytest.mark.parametrize("dtype", DTYPES if FULL else DTYPES[:1], ids=str)
+@pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
+def test_launches_on_ranks_compile_within_budget(architecture, entries, dtype, width, check):
+    check(architecture, entries, dtype, lambda: on_ranks(width, dtype, width != 20 or FULL))
+
+
 def candidates(i: int) -> Mapping[str, Options]:
     return {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
 
@@ -315,6 +329,13 @@ def test_what_tune_may_choose_on_features_compiles_within_budget(i, architecture
     check(architecture, candidates(i), torch.float32, lambda: on_features(metric, torch.float32))
 
 
+@pytest.mark.parametrize("width", [20, 64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("i", range(CANDIDATES if FULL else 0))
+def test_what_tune_may_choose_on_ranks_compiles_within_budget(i, architecture, width, check):
+    check(architecture, candidates(i), torch.float32, lambda: on_ranks(width, torch.float32))
+
+
 def test_the_calls_launch_every_kernel_of_the_table(check):
     def run():
         for call in (*CALLS, *PAIRED):
@@ -324,6 +345,7 @@ def test_the_calls_launch_every_kernel_of_the_table(check):
         for gradient, *sides in TRANSPORTS:
             for plain in (True, False):
                 on_costs(gradient, torch.float32, *sides, plain=plain)
+        on_ranks(20, torch.float32)
 
     assert check("sm_90", {}, torch.float32, run) == set(TABLE.kernels)
 

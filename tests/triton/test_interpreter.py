@@ -61,6 +61,7 @@ OWN = {
     "pairwise_cost": "triton and (special or empty or sign)",
     "match_columns": "triton and (index or nan or without)",
     "sorted_l1": "triton and counted and crowded and stable and bfloat16",
+    "soft_rank": "triton and (shorter or infinite or nan or refused)",
 }
 
 
@@ -90,6 +91,6 @@ def run_tests(file, chosen):
 
 
 def test_whatever_tune_may_choose_gives_the_same_results():
-    few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate", "pairwise_cost", "match_columns")
+    few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate", "pairwise_cost", "match_columns", "soft_rank")
     done = interpreted("-c", TUNE, *(("2", "5000") if FULL else few))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -56,8 +56,8 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield _case("wide", randn(1, 2, 300), epsilon=0.05)
     yield _case("at a large offset", (randn(1, 4, 24).float() + 1e3).to(dtype), epsilon=0.7)
     # Its kinks are where the ties are and nowhere else: sums of halves are never multiples of 0.7.
-    yield _case("ties", randn(2, 4, 30).round(decimals=0) / 2, epsilon=0.7, smooth=False)
-    yield _case("all tied", torch.full((2, 2, 9), 0.3, dtype=dtype, device=device))
+    yield _case("repeated values", randn(2, 4, 30).round(decimals=0) / 2, epsilon=0.7, smooth=False)
+    yield _case("one value", torch.full((2, 2, 9), 0.3, dtype=dtype, device=device))
     apart = torch.stack([torch.randperm(16, generator=generator) for _ in range(4)]).view(2, 2, 16)
     yield _case("epsilon apart", apart.to(dtype).to(device), smooth=False)
     infinite = randn(2, 3, 14)

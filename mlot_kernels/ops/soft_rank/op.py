@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlot_kernels import checks
+from mlot_kernels.backends import refusing
 from mlot_kernels.native import native
 from mlot_kernels.ops.soft_rank import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
+
+_TRITON = "mlot_kernels.ops.soft_rank.triton_kernels"
+
+
+def _wider_than(most: int) -> Callable[..., str | None]:
+    def refuses(values: Tensor, *_: Any) -> str | None:
+        n = values.shape[1]
+        return f"its rows have at most {most} entries, got {n}" if n > most else None
+
+    return refuses
+
 
 FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "soft_rank_forward"),
+    "triton": refusing(lazy(_TRITON, "forward"), _wider_than(64)),  # whose pairs are one tile
+    "cuda": refusing(native("cuda", "soft_rank_forward"), _wider_than(4096)),  # as in mlot/cuda/soft_rank.h
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "soft_rank_backward"),
+    "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "soft_rank_backward"),
 }
 
 
