@@ -91,5 +91,6 @@ def run_tests(file, chosen):
 
 def test_whatever_tune_may_choose_gives_the_same_results():
     few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate", "pairwise_cost", "match_columns")
+    few += ("row_divergence",)
     done = interpreted("-c", TUNE, *(("2", "5000") if FULL else few))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
