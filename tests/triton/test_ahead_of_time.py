@@ -182,7 +182,8 @@ def diverging(kind: str, at_pairs: bool = False, **options: Any) -> Callable[[Lo
 
 CALLS = (entropy, token, top, ranked, ranked_each_row, gathered, matched)
 # They take longest to compile, and have one vocabulary.
-PAIRED = [compared, diverging("jsd")]
+DIVERGED = diverging("jsd")
+PAIRED = [compared, DIVERGED]
 ALL_PAIRED = [compared_stably, diverging("adaptive_kl", at_pairs=True), diverging("forward_kl", interpolation=0.5)]
 if FULL:
     PAIRED += ALL_PAIRED
@@ -325,7 +326,7 @@ def candidates(i: int) -> Mapping[str, Options]:
     return {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("call", [*CALLS, DIVERGED], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("i", range(CANDIDATES if FULL else 0))

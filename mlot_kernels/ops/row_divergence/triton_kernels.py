@@ -6,6 +6,7 @@ leaves one scalar of the pair.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from mlot_kernels.triton_tiles import launch_options
 
 __all__ = ["backward", "forward"]
 
-_LOG2E = triton_rows._LOG2E
+_LOG2E: tl.constexpr = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit

@@ -66,8 +66,7 @@ def over_mixture(d, weight):
 
 @triton.jit
 def skewed(x, y, log_ratio, skew):
-    """The term x log(x / m) for m = skew x + (1 - skew) y, and H' of the sides of x and of y; ``log_ratio`` is the log.
-    """
+    """x log(x / m), where ``log_ratio`` is log(x / m) for m = skew x + (1 - skew) y, and H' of the sides of x and y."""
     fall, e = expm1_negative(-tl.abs(log_ratio))
     ratio = tl.where(log_ratio > 0, -fall / e, fall)  # x / m - 1, and x / m is at most 1 / skew
     term = times(x, log_ratio)
@@ -114,6 +113,7 @@ def terms(log_q, log_p, constants, KIND: tl.constexpr, WHOLE: tl.constexpr):
         _u, v = over_mixture(d, constants.weight)
         term, of_q, of_p = skewed(q, p, v, constants.skew)
     if WHOLE:
+        # Written as fma, for LLVM's vectorizer crashes on the separate operations (Triton 3.9, sm_90, skew_kl).
         term = tl.fma(constants.kappa, q - p, term)
     else:
         of_q -= constants.kappa * q
