@@ -20,6 +20,7 @@ from mlot_kernels.ops.row_divergence.triton_pair import (
     are_whole,
     below_peak,
     below_peak_at,
+    columns_at,
     constants_of,
     kappa_of,
     load_pair,
@@ -46,8 +47,8 @@ class Out(NamedTuple):
 class Named(NamedTuple):
     """A side's columns with the pairs that name each."""
 
-    order: Tensor  # [P] int64: the pairs by this side's column, of one column in their order
-    starts: Tensor  # [vocab_size + 1] int64: where each column's begin in it
+    order: Tensor  # [P] int32: the pairs by this side's column, of one column in their order
+    starts: Tensor  # [vocab_size + 1] int32: where each column's begin in it
 
 
 @triton.jit
@@ -151,7 +152,7 @@ def _backward_at_pairs(
         for _ in range(0, tl.max(end - at, 0)):
             here = at < end
             pair = tl.load(named.order + at, mask=here, other=0)
-            other_columns = tl.load(pairs_ptr + 2 * pair + (1 - SIDE), mask=here, other=0)
+            other_columns = columns_at(pairs_ptr, pair, 1 - SIDE, other_row, here)
             own = tl.where(here, below, float("-inf"))
             other = below_peak_at(other_row, other_columns, here)
             if SIDE == 0:
@@ -184,7 +185,7 @@ def _clear(slot_of_ptr, other_index_ptr, out_ptr, width, BLOCK: tl.constexpr):
 def _named(columns: Tensor, vocab_size: int) -> Named:
     in_order, order = columns.sort(stable=True)
     numbers = torch.arange(vocab_size + 1, device=columns.device)
-    return Named(order, torch.searchsorted(in_order, numbers))
+    return Named(order.to(torch.int32), torch.searchsorted(in_order, numbers, out_int32=True))
 
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

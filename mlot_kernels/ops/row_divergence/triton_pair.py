@@ -109,11 +109,17 @@ def below_peak(row, columns, whole, end):
 
 
 @triton.jit
+def columns_at(pairs_ptr, pairs, side, row, here):
+    """The columns of one ``side`` that pairs name, -1 where there is no such one; int32, to take fewer registers."""
+    columns = tl.load(pairs_ptr + 2 * pairs.to(tl.int64) + side, mask=here, other=0)
+    return tl.where((columns >= 0) & (columns < row.vocab_size), columns, -1).to(tl.int32)
+
+
+@triton.jit
 def below_peak_at(row, columns, here):
-    """x - peak at any ``columns``, NaN where there is no such column, -inf where not ``here``."""
-    exists = (columns >= 0) & (columns < row.vocab_size)
-    x = tl.load(row.x + columns, mask=here & exists, other=float("-inf")).to(row.peak.dtype)
-    return tl.where(here & (exists == 0), float("nan"), x - row.peak)
+    """x - peak at any ``columns``, NaN where these are -1, -inf where not ``here``."""
+    x = tl.load(row.x + columns, mask=here & (columns >= 0), other=float("-inf")).to(row.peak.dtype)
+    return tl.where(here & (columns < 0), float("nan"), x - row.peak)
 
 
 @triton.jit
@@ -152,8 +158,7 @@ def looked_at(s_row, s_columns, t_row, t_columns, here, log_q, log_p):
 
 @triton.jit
 def _where_looked_at(row, columns, here, log_softmax):
-    exists = here & (columns >= 0) & (columns < row.vocab_size)
-    looked_at = tl.load(row.column_mask + columns, mask=exists, other=1) != 0
+    looked_at = tl.load(row.column_mask + columns, mask=here & (columns >= 0), other=1) != 0
     return tl.where(looked_at | (log_softmax != log_softmax), log_softmax, float("-inf"))
 
 
@@ -170,8 +175,8 @@ def load_pair(s_row, t_row, pairs_ptr, start, end, BLOCK: tl.constexpr):
         s_below = below_peak(s_row, columns, start + BLOCK <= end, end)
         t_below = below_peak(t_row, columns, start + BLOCK <= end, end)
     else:
-        s_columns = tl.load(pairs_ptr + 2 * columns.to(tl.int64), mask=here, other=0)
-        t_columns = tl.load(pairs_ptr + 2 * columns.to(tl.int64) + 1, mask=here, other=0)
+        s_columns = columns_at(pairs_ptr, columns, 0, s_row, here)
+        t_columns = columns_at(pairs_ptr, columns, 1, t_row, here)
         s_below = below_peak_at(s_row, s_columns, here)
         t_below = below_peak_at(t_row, t_columns, here)
     return s_below, t_below, s_columns, t_columns, here
