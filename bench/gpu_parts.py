@@ -28,6 +28,7 @@ from mlot_kernels import (
     Rows,
     parity,
     rank_truncate,
+    row_divergence,
     row_entropy,
     soft_rank,
     sorted_l1,
@@ -205,11 +206,23 @@ LARGE: dict[str, tuple[str, Callable[[Tensor, Rows, str], Outputs]]] = {
         "sorted_l1",
         lambda x, rows, backend: (sorted_l1(_other_side(x, rows), Logits(x, rows), backend=backend),),
     ),
+    "divergence of a large student": (
+        "row_divergence",
+        lambda x, rows, backend: (
+            row_divergence(Logits(x, rows), _other_side(x, rows, x.shape[2]), kind="jsd", backend=backend),
+        ),
+    ),
+    "divergence from a large teacher": (
+        "row_divergence",
+        lambda x, rows, backend: (
+            row_divergence(_other_side(x, rows, x.shape[2]), Logits(x, rows), kind="jsd", backend=backend),
+        ),
+    ),
 }
 
 
-def _other_side(x: Tensor, rows: Rows) -> Tensor:
-    shape = (*rows.index.shape, 1000)
+def _other_side(x: Tensor, rows: Rows, columns: int = 1000) -> Tensor:
+    shape = (*rows.index.shape, columns)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(x)
 
 

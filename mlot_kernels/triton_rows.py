@@ -82,8 +82,8 @@ def row_of(values_ptr, index_ptr, slot, slots, batch_stride, row_stride):
 
 @triton.jit
 def double_of(bits):
-    """The float64 whose bits these are: Triton passes a Python float as float32."""
-    return bits.to(tl.float64, bitcast=True)
+    """The float64 whose bits these are: Triton passes a Python float as float32, and the bits of 0 as an int32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit

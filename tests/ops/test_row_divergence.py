@@ -159,6 +159,56 @@ def test_pairs_are_a_gather_of_columns(kind, backend):
 
 
 @by_backend
+@pytest.mark.parametrize("kind", ["jsd", "adaptive_kl"])
+def test_a_column_that_several_pairs_name_gets_the_sum_of_their_gradients(kind, backend):
+    """In several tiles, of which one column has most pairs; and the order of pairs decides nothing but the rounding."""
+    student, teacher = (x.float().requires_grad_() for x in pair(1, 1, 1100))
+    pairs = torch.cat((torch.randint(1100, (300, 2)), torch.randint(1100, (12, 2)).mul(torch.tensor([1, 0]))))
+    sides = Logits(student, standardize=True), Logits(teacher, temperature=1.5)
+    values = [
+        torch.autograd.grad(loss.sum(), (student, teacher))
+        for loss in (
+            row_divergence(*sides, kind=kind, column_pairs=p, backend=b)
+            for p, b in ((pairs, backend), (pairs, backend), (pairs.flip(0), backend), (pairs, "reference"))
+        )
+    ]
+    for ours, again, other, expected in zip(*values, strict=True):
+        assert torch.equal(ours, again)
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-6)
+
+
+@by_backend
+@pytest.mark.parametrize("head", [0.0, 0.3, 0.6, 0.99])
+def test_the_head_of_rows_with_many_equal_logits_is_the_definitions(head, backend):
+    """16-bit logits of a few hundred values, so that equal ones cross the head's end, in several tiles."""
+    student, teacher = pair(1, 2, 5000, dtype=torch.bfloat16)
+    teacher[0, 1] = teacher[0, 1].round()
+    ours = row_divergence(student, teacher, kind="adaptive_kl", head=head, backend=backend)
+    expected = row_divergence(student.double(), teacher.double(), kind="adaptive_kl", head=head, backend="reference")
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=0)
+
+
+@by_backend
+@pytest.mark.parametrize("column_pairs", [None, torch.tensor([[0, 3], [4, 0], [4, 3]])], ids=["all", "pairs"])
+def test_one_sides_gradient_is_what_it_is_beside_the_others(column_pairs, backend):
+    """Also where a side is padded by more than the other one is wide."""
+    student, teacher = torch.randn(1, 2, 5), torch.randn(1, 2, 3000)
+    both = [x.requires_grad_() for x in (student, teacher)]
+
+    def gradients(s, t, *leaves):
+        t = Logits(t, standardize=True, vocab_size=5)
+        loss = row_divergence(s, t, kind="jsd", column_pairs=column_pairs, backend=backend)
+        return torch.autograd.grad(loss.sum(), leaves)
+
+    of_student, of_teacher = gradients(student, teacher, *both)
+    assert torch.equal(gradients(student, teacher.detach(), student)[0], of_student)
+    assert torch.equal(gradients(student.detach(), teacher, teacher)[0], of_teacher)
+    assert (of_teacher[..., 5:] == 0).all()
+    assert (of_teacher[..., :5] != 0).any()
+
+
+@by_backend
 def test_a_pair_of_a_column_that_does_not_exist_shows(backend):
     student, teacher = pair(1, 2, 9)
     for bad in ([9, 0], [0, 9], [-1, 0], [0, -1]):

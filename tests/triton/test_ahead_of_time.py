@@ -7,6 +7,7 @@ import contextlib
 import re
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mlot_kernels import (
     match_columns,
     pairwise_cost,
     rank_truncate,
+    row_divergence,
     row_entropy,
     sinkhorn,
     soft_rank,
@@ -35,6 +37,7 @@ from mlot_kernels import (
     token_log_probability,
     topk_softmax,
 )
+from mlot_kernels.ops.row_divergence.reference import KINDS
 from mlot_kernels.transport import METRICS
 from mlot_kernels.triton_tiles import TABLE, Options, overriding
 from tests.conftest import FULL
@@ -75,6 +78,9 @@ WALKS = {
     "select.group_maxima",
     "gradient.write_dense",
     "sorted_l1.backward",
+    "row_divergence.mix",
+    "row_divergence.forward",
+    "row_divergence.backward",
 }
 
 
@@ -163,8 +169,27 @@ def compared_stably(logits):
     return sorted_l1(logits, logits.values.detach()[..., :32_000].float(), ties="stable", backend="triton")
 
 
+def diverging(kind: str, at_pairs: bool = False, **options: Any) -> Callable[[Logits], torch.Tensor]:
+    """A call that also asks for the teacher's gradient."""
+
+    def call(logits):
+        teacher = replace(logits, values=logits.values.detach().requires_grad_())
+        pairs = torch.zeros(1000, 2, dtype=torch.int64) if at_pairs else None
+        return row_divergence(logits, teacher, kind=kind, column_pairs=pairs, backend="triton", **options)
+
+    call.__name__ = f"diverged_{kind}" + "_at_pairs" * at_pairs + "_mixed" * bool(options)
+    return call
+
+
 CALLS = (entropy, token, top, ranked, ranked_each_row, gathered, matched)
-PAIRED = (compared, compared_stably)  # they take longest to compile, and have one vocabulary
+# They take longest to compile, and have one vocabulary.
+DIVERGED = diverging("jsd")
+PAIRED = [compared, DIVERGED]
+ALL_PAIRED = [compared_stably, diverging("adaptive_kl", at_pairs=True), diverging("forward_kl", interpolation=0.5)]
+if FULL:
+    PAIRED += ALL_PAIRED
+    PAIRED += [diverging(kind) for kind in KINDS if kind != "jsd"]
+    PAIRED += [diverging(kind, at_pairs=True) for kind in KINDS if kind != "adaptive_kl"]
 
 
 def on_logits(
@@ -276,12 +301,13 @@ def test_launches_compile_within_budget(V, stride, architecture, entries, dtype,
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "every field"])
-@pytest.mark.parametrize("call", PAIRED if FULL else PAIRED[:1], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("call", PAIRED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("architecture", "entries"), TABLES.values(), ids=TABLES)
 def test_launches_on_pairs_compile_within_budget(architecture, entries, dtype, call, plain, check):
     V, stride = VOCABULARIES[-1]
-    check(architecture, entries, dtype, lambda: on_logits(call, dtype, plain, V, stride), walks(V, stride))
+    vectors = walks(V, stride) - ({"row_divergence.forward"} if "at_pairs" in call.__name__ else set())
+    check(architecture, entries, dtype, lambda: on_logits(call, dtype, plain, V, stride), vectors)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -314,7 +340,7 @@ def candidates(i: int) -> Mapping[str, Options]:
     return {name: kernel.candidates[i] for name, kernel in TABLE.kernels.items() if i < len(kernel.candidates)}
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("call", [*CALLS, DIVERGED], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("i", range(CANDIDATES if FULL else 0))
@@ -338,7 +364,7 @@ def test_what_tune_may_choose_on_ranks_compiles_within_budget(i, architecture, w
 
 def test_the_calls_launch_every_kernel_of_the_table(check):
     def run():
-        for call in (*CALLS, *PAIRED):
+        for call in (*CALLS, compared, *ALL_PAIRED):
             on_logits(call, torch.float32)
         for metric in METRICS:
             on_features(metric, torch.float32)

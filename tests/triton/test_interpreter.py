@@ -22,7 +22,10 @@ pytestmark = pytest.mark.skipif(
 QUICK = "opcheck or (fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every))))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
 # Of an operator whose programs take long the quick run has these instead, which between them launch all of its kernels.
-FEWER = {"sorted_l1": "fidelity and (tiles and (float32 or bfloat16) or float32 and every and both)"}
+FEWER = {
+    "sorted_l1": "fidelity and (tiles and (float32 or bfloat16) or float32 and every and both)",
+    "row_divergence": "fidelity and (float32 and (scales or chosen and interpolated) or bfloat16 and every)",
+}
 
 # What `tune` does, but for the clock: every candidate of every kernel gives the default's results.
 TUNE = """
@@ -60,6 +63,7 @@ OWN = {
     "topk_softmax": "triton",
     "pairwise_cost": "triton and (special or empty or sign)",
     "match_columns": "triton and (index or nan or without)",
+    "row_divergence": "triton and (several_pairs and jsd or many_equal and 0.6)",
     "sorted_l1": "triton and counted and crowded and stable and bfloat16",
     "soft_rank": "triton and (shorter or infinite or nan or refused)",
 }
@@ -92,5 +96,6 @@ def run_tests(file, chosen):
 
 def test_whatever_tune_may_choose_gives_the_same_results():
     few = ("1", "1500", "row_entropy", "topk_softmax", "rank_truncate", "pairwise_cost", "match_columns", "soft_rank")
+    few += ("row_divergence",)
     done = interpreted("-c", TUNE, *(("2", "5000") if FULL else few))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

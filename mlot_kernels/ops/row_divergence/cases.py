@@ -31,6 +31,13 @@ def large(
     )
 
 
+def large_cases(
+    dtype: torch.dtype, device: str, *, sequences: int = 2, rows: int = 64, vocabulary: int = 151_936
+) -> list[Case]:
+    student, teacher = large(dtype, device, sequences=sequences, rows=rows, vocabulary=vocabulary)
+    return [_case(kind, Logits(student), Logits(teacher), False, kind=kind) for kind in ("forward_kl", "jsd")]
+
+
 def cases(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Case]:
     return list(_cases(dtype, device))
 

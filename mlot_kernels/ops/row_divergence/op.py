@@ -12,7 +12,7 @@ from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Logits, Prepared
 from mlot_kernels.native import native
 from mlot_kernels.ops.row_divergence import reference
-from mlot_kernels.registry import differentiable_operator, once_differentiable, raw_operator
+from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
 _OPTIONS = "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation"
 _SAVED = ", ".join(
@@ -22,8 +22,18 @@ _SAVED = ", ".join(
 )
 _SAVED += ", Tensor share, Tensor target_log_total"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "row_divergence_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "row_divergence_backward")}
+_TRITON = "mlot_kernels.ops.row_divergence.triton_kernels"
+
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "row_divergence_forward"),
+    "triton": lazy(_TRITON, "forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "row_divergence_backward"),
+    "triton": lazy(_TRITON, "backward"),
+}
 
 
 def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -16,10 +16,11 @@ from mlot_kernels.checks import accumulator
 from mlot_kernels.logits import Side
 from mlot_kernels.ops.sorted_l1.reference import STEPS
 from mlot_kernels.ops.sorted_l1.triton_order import order
-from mlot_kernels.ops.sorted_l1.triton_sides import ORDERED, Saved, are_counted, buffers, given, variant
+from mlot_kernels.ops.sorted_l1.triton_sides import ORDERED, Saved, are_counted, buffers, variant
 from mlot_kernels.ops.sorted_l1.triton_signs import Row, log2_p, mean_of, run_of, signs, sum_from, weigh
 from mlot_kernels.triton_gradient import slots_of_positions
 from mlot_kernels.triton_rows import double_of, exponent_factor, load_tile, row_of, store_tile
+from mlot_kernels.triton_sides import given
 from mlot_kernels.triton_tiles import launch_options
 
 _STEPS: tl.constexpr = tl.constexpr(STEPS[0])

@@ -14,9 +14,10 @@ from mlot_kernels.ops.sorted_l1.reference import STEPS
 from mlot_kernels.ops.sorted_l1.triton_bins import ITEMS, close_bins, order_items, read_again
 from mlot_kernels.ops.sorted_l1.triton_order import VALUES, order
 from mlot_kernels.ops.sorted_l1.triton_pairs import tail_sign_of, write_no_pair, write_side
-from mlot_kernels.ops.sorted_l1.triton_sides import ORDERED, Given, Saved, counters
+from mlot_kernels.ops.sorted_l1.triton_sides import ORDERED, Saved, counters
 from mlot_kernels.ops.sorted_l1.triton_signs import Row, weigh
 from mlot_kernels.triton_rows import row_of
+from mlot_kernels.triton_sides import Given
 from mlot_kernels.triton_tiles import launch_options
 
 LEFT: tl.constexpr = tl.constexpr(-2.0)

@@ -19,9 +19,10 @@ from mlot_kernels.ops.sorted_l1.triton_backward import backward
 from mlot_kernels.ops.sorted_l1.triton_counted import LEFT, compare_counted
 from mlot_kernels.ops.sorted_l1.triton_order import order
 from mlot_kernels.ops.sorted_l1.triton_pairs import tail_sign_of, write_no_pair, write_side
-from mlot_kernels.ops.sorted_l1.triton_sides import ORDERED, Saved, are_counted, buffers, given, variant
+from mlot_kernels.ops.sorted_l1.triton_sides import ORDERED, Saved, are_counted, buffers, variant
 from mlot_kernels.ops.sorted_l1.triton_signs import Row, weigh
 from mlot_kernels.triton_rows import row_of
+from mlot_kernels.triton_sides import given
 from mlot_kernels.triton_tiles import launch_options
 
 __all__ = ["backward", "forward"]

@@ -1,4 +1,4 @@
-"""What the launches of sorted_l1 pass of a side: its fields, what forward leaves of it, and room to order its rows."""
+"""What the launches of sorted_l1 pass of a side beside its fields: what forward leaves, and room to order its rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from mlot_kernels.logits import Side
 from mlot_kernels.ops.sorted_l1.triton_bins import ITEMS
 from mlot_kernels.ops.sorted_l1.triton_order import VALUES
-from mlot_kernels.triton_rows import bits_of
 
 COUNTED_FROM = 4096
 """Rows of so many columns are counted; of fewer, a sort takes less than a look through the counters."""
@@ -23,19 +22,6 @@ ORDERED = {"num_stages": 1}
 """Loops must not be pipelined: what a program has written into its buffers it reads behind a barrier."""
 
 _KEYS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Given(NamedTuple):
-    """A side's fields, ``logits.Side``."""
-
-    x: Tensor  # [B, T, V]; tuples in Triton have a field `values` of their own
-    rows: Tensor  # [B, A]
-    column_mask: Tensor | None
-    log_scale: Tensor | None
-    batch_stride: int
-    row_stride: int
-    vocab_size: int
-    temperature_bits: int
 
 
 class Saved(NamedTuple):
@@ -61,20 +47,6 @@ class Buffers(NamedTuple):
     spare_stride: int
     columns: Tensor | None = None  # [programs, width], where the columns are sorted along
     spare_columns: Tensor | None = None
-
-
-def given(side: Side) -> Given:
-    batch_stride, row_stride = side.values.stride()[:2]
-    return Given(
-        x=side.values,
-        rows=side.row_index.contiguous(),
-        column_mask=side.column_mask,
-        log_scale=None if side.log_scale is None else side.log_scale.contiguous(),
-        batch_stride=batch_stride,
-        row_stride=row_stride,
-        vocab_size=side.vocab_size,
-        temperature_bits=bits_of(side.temperature),
-    )
 
 
 def are_counted(sides: Sequence[Side]) -> bool:
