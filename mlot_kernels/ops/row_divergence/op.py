@@ -22,8 +22,16 @@ _SAVED = ", ".join(
 )
 _SAVED += ", Tensor share, Tensor target_log_total"
 
-FORWARD = {"reference": reference.forward, "cpu": native("cpu", "row_divergence_forward")}
-BACKWARD = {"reference": reference.backward, "cpu": native("cpu", "row_divergence_backward")}
+FORWARD = {
+    "reference": reference.forward,
+    "cpu": native("cpu", "row_divergence_forward"),
+    "cuda": native("cuda", "row_divergence_forward"),
+}
+BACKWARD = {
+    "reference": reference.backward,
+    "cpu": native("cpu", "row_divergence_backward"),
+    "cuda": native("cuda", "row_divergence_backward"),
+}
 
 
 def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
