@@ -25,7 +25,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 @by_backend
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.floats(0.05, 0.95), st.floats(0.0, 0.95))
-def test_equals_torchs_kl_div(backend, B, T, V, beta, skew):
+def test_is_torchs_kl_div(backend, B, T, V, beta, skew):
     student, teacher = pair(B, T, V)
     q, p = student.softmax(-1), teacher.softmax(-1)
     m = beta * p + (1 - beta) * q
