@@ -188,7 +188,7 @@ void backward_pair(const RowDivergenceBackward& call, const S* x, const T* y, in
       narrow(below == A(-INFINITY) ? A(0) : dx, out[first + i]);
     }
   }
-  const double kappa = pair.whole ? constants_of(call.options, share).kappa[kSide] : 0;
+  const double kappa = pair.whole ? constants_of(call.options, share).kappa * (kSide == 1 ? 1 : -1) : 0;
   *at<A>(call.grad_log_scale[kSide], slot) = A(upstream * (total + kappa * std::exp(own.log_scale)));
 }
 

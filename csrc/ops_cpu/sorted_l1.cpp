@@ -22,15 +22,16 @@ SortedL1Outputs sorted_l1_forward(const Tensor& student_values, const Tensor& st
                                 {teacher_temperature}, teacher_standardize, teacher_vocab_size);
   check_sorted_l1_pair(student.rows, teacher.rows);
   const SortedL1Made made(student_values, teacher_values, student_index);
-  const SortedL1Forward call{{student.rows, teacher.rows},
-                             sorted_l1_options(ties, top_k, tail),
-                             made.loss.mutable_data_ptr(),
-                             {pointers_of<void*>(made.student), pointers_of<void*>(made.teacher)}};
+  const SortedL1Forward call{
+      {student.rows, teacher.rows},
+      sorted_l1_options(ties, top_k, tail),
+      made.loss.mutable_data_ptr(),
+      {pointers_of<SortedL1Saved, void*>(made.student), pointers_of<SortedL1Saved, void*>(made.teacher)}};
   MLOT_SELECT(sorted_l1).forward[dtype_index(student_values)][dtype_index(teacher_values)](call, threads());
   return made.outputs();
 }
 
-SortedL1Gradients sorted_l1_backward(
+GradientsOfSides sorted_l1_backward(
     const Tensor& grad, const Tensor& student_values, const Tensor& student_index,
     const std::optional<Tensor>& student_column_mask, const std::optional<Tensor>& student_log_scale,
     double student_temperature, bool student_standardize, int64_t student_vocab_size, const Tensor& teacher_values,
@@ -59,7 +60,8 @@ SortedL1Gradients sorted_l1_backward(
       {student.rows, teacher.rows},
       sorted_l1_options(ties, top_k, tail),
       {of_student.grad.const_data_ptr(), of_teacher.grad.const_data_ptr()},
-      {pointers_of<const void*>(of_student.saved), pointers_of<const void*>(of_teacher.saved)},
+      {pointers_of<SortedL1Saved, const void*>(of_student.saved),
+       pointers_of<SortedL1Saved, const void*>(of_teacher.saved)},
       {student_gradient.written, teacher_gradient.written},
       {of_student.grad_log_scale.mutable_data_ptr(), of_teacher.grad_log_scale.mutable_data_ptr()}};
   MLOT_SELECT(sorted_l1).backward[dtype_index(s)][dtype_index(t)](call, threads());

@@ -41,12 +41,13 @@ SortedL1Outputs sorted_l1_forward(const Tensor& student_values, const Tensor& st
                    torch::stable::new_empty(student_values, student_index.sizes(), accumulator(student_values)),
                t_expected =
                    torch::stable::new_empty(teacher_values, teacher_index.sizes(), accumulator(teacher_values));
-  const SortedL1Forward call{.sides = {student.rows, teacher.rows},
-                             .options = sorted_l1_options(ties, top_k, tail),
-                             .room = room.room,
-                             .loss = made.loss.mutable_data_ptr(),
-                             .expected = {s_expected.mutable_data_ptr(), t_expected.mutable_data_ptr()},
-                             .saved = {pointers_of<void*>(made.student), pointers_of<void*>(made.teacher)}};
+  const SortedL1Forward call{
+      .sides = {student.rows, teacher.rows},
+      .options = sorted_l1_options(ties, top_k, tail),
+      .room = room.room,
+      .loss = made.loss.mutable_data_ptr(),
+      .expected = {s_expected.mutable_data_ptr(), t_expected.mutable_data_ptr()},
+      .saved = {pointers_of<SortedL1Saved, void*>(made.student), pointers_of<SortedL1Saved, void*>(made.teacher)}};
   sorted_l1.forward[dtype_index(student_values)][dtype_index(teacher_values)](call, on.stream);
   return made.outputs();
 }
@@ -75,8 +76,8 @@ struct SideOfBackward {
                                 .options = options,
                                 .room = room.room,
                                 .grad = given.grad.const_data_ptr(),
-                                .saved = pointers_of<const void*>(given.saved),
-                                .other_saved = pointers_of<const void*>(other.given.saved),
+                                .saved = pointers_of<SortedL1Saved, const void*>(given.saved),
+                                .other_saved = pointers_of<SortedL1Saved, const void*>(other.given.saved),
                                 .grad_values = grad_values.mutable_data_ptr(),
                                 .grad_log_scale = given.grad_log_scale.mutable_data_ptr(),
                                 .slot_of = static_cast<int32_t*>(slot_of.mutable_data_ptr())};
@@ -84,7 +85,7 @@ struct SideOfBackward {
   }
 };
 
-SortedL1Gradients sorted_l1_backward(
+GradientsOfSides sorted_l1_backward(
     const Tensor& grad, const Tensor& student_values, const Tensor& student_index,
     const std::optional<Tensor>& student_column_mask, const std::optional<Tensor>& student_log_scale,
     double student_temperature, bool student_standardize, int64_t student_vocab_size, const Tensor& teacher_values,

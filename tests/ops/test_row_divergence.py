@@ -25,7 +25,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 @by_backend
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.floats(0.05, 0.95), st.floats(0.0, 0.95))
-def test_equals_torchs_kl_div(backend, B, T, V, beta, skew):
+def test_is_torchs_kl_div(backend, B, T, V, beta, skew):
     student, teacher = pair(B, T, V)
     q, p = student.softmax(-1), teacher.softmax(-1)
     m = beta * p + (1 - beta) * q
@@ -281,3 +281,35 @@ def test_bad_options_are_refused_by_name(options, words):
 def test_vocabularies_of_two_sizes_need_pairs():
     with pytest.raises(ValueError, match="vocabularies of one size, got 5 and 6; pass column_pairs"):
         row_divergence(torch.zeros(1, 2, 5), torch.zeros(1, 2, 6))
+
+
+@by_backend
+@pytest.mark.parametrize("kind", ["jsd", "adaptive_kl"])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.bfloat16, torch.float16)], ids=str)
+def test_pairs_that_share_columns_are_ties_of_many(dtypes, kind, backend):
+    """More pairs than columns: a column's gradient is the sum over all that name it."""
+    student, teacher = (
+        (torch.randn(1, 2, V) * 2).to(d).requires_grad_() for V, d in zip((30, 45), dtypes, strict=True)
+    )
+    pairs = torch.stack((torch.randint(30, (700,)), torch.randint(45, (700,))), 1)
+    pairs[:300, 0] = 7
+    outputs = []
+    for z, name in (((student, teacher), backend), ((student.double(), teacher.double()), "reference")):
+        loss = row_divergence(*z, kind=kind, column_pairs=pairs, backend=name)
+        outputs.append([loss, *torch.autograd.grad(loss.sum(), (student, teacher))])
+    eps = torch.finfo(dtypes[0]).eps
+    for ours, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=2 * eps + 1e-5, atol=1e-9 + eps / 100)
+
+
+@by_backend
+def test_a_heads_end_among_equals_of_a_long_row(backend):
+    """Two equal values where the head ends, one far from the other, and many that are too small to count."""
+    teacher = torch.full((1, 1, 5000), -40.0)
+    teacher[..., [3, 1700, 4100]] = torch.tensor([2.0, 1.0, 1.0])
+    student = torch.randn(1, 1, 5000)
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    of_head = (p - q).abs()[..., [3, 1700, 4100]].sum() / (p - q).abs().sum()
+    expected = of_head * kl(p, q) + (1 - of_head) * kl(q, p)
+    ours = row_divergence(student, teacher, kind="adaptive_kl", head=0.6, backend=backend)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=0)

@@ -28,11 +28,13 @@ FORWARD = {
     "reference": reference.forward,
     "cpu": native("cpu", "row_divergence_forward"),
     "triton": lazy(_TRITON, "forward"),
+    "cuda": native("cuda", "row_divergence_forward"),
 }
 BACKWARD = {
     "reference": reference.backward,
     "cpu": native("cpu", "row_divergence_backward"),
     "triton": lazy(_TRITON, "backward"),
+    "cuda": native("cuda", "row_divergence_backward"),
 }
 
 

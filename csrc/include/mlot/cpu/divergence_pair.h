@@ -81,10 +81,9 @@ struct RowPair {
                 .weight = B(constants.weight),
                 .share = B(share),
                 .skew = B(options.skew),
-                .kappa = {},
-                .balance = whole ? B(constants.kappa[1]) : B(0)};
-    for (int side = 0; side < 2; ++side) of_terms.kappa[side] = whole ? B(0) : B(constants.kappa[side]);
-    mass_difference = whole ? constants.kappa[1] * (std::exp(teacher.log_scale) - std::exp(student.log_scale)) : 0;
+                .kappa = whole ? B(0) : B(constants.kappa),
+                .balance = whole ? B(constants.kappa) : B(0)};
+    mass_difference = whole ? constants.kappa * (std::exp(teacher.log_scale) - std::exp(student.log_scale)) : 0;
   }
 
   // The logits that TAID mixes, each relative to its row's peak, in the second side's place. Equal ones stay the same.

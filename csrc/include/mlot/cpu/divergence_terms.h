@@ -27,7 +27,7 @@ struct TermOptions {
   B weight;    // of p in the mixture
   B share;     // of adaptive_kl: of the forward part
   B skew;      // of the skewed kinds
-  B kappa[2];  // what H has beside H'; 0 to leave it out
+  B kappa;     // what the teacher's H has beside H' in p, the student's in -q; 0 to leave it out
   B balance;   // of q - p in each term, which makes them 0 or more where it adds up to nothing
 };
 
@@ -124,7 +124,7 @@ static TermSums<B> add_terms(TermChunk<B>& chunk, int64_t columns, const TermOpt
         of_p = of_teacher ? own : other, of_q = of_teacher ? other : own;
       }
     }
-    of_q += o.kappa[0] * q, of_p += o.kappa[1] * p;
+    of_q -= o.kappa * q, of_p += o.kappa * p;
     loss += term + o.balance * (q - p), sum_q += of_q, sum_p += of_p;
     if constexpr (kKind == adaptive_kl) store<B>(p < q ? q - p : p - q, chunk.difference + j);
     store<B>(softmax_q, chunk.softmax[0] + j), store<B>(softmax_p, chunk.softmax[1] + j);
@@ -154,31 +154,6 @@ static inline AddTerms<B> terms_of(DivergenceKind kind) {
       return add_terms<skew_reverse_kl, B>;
     default:
       return add_terms<adaptive_kl, B>;
-  }
-}
-
-// The weight of p in the mixture, and kappa of either side, student first.
-struct TermConstants {
-  double weight, kappa[2];
-};
-
-static inline TermConstants constants_of(const DivergenceOptions& o, double share) {
-  using enum DivergenceKind;
-  switch (o.kind) {
-    case forward_kl:
-      return {0, {-1, 1}};
-    case reverse_kl:
-      return {0, {1, -1}};
-    case jsd:
-      return {o.beta, {0, 0}};
-    case total_variation:
-      return {0, {0, 0}};
-    case skew_kl:
-      return {o.skew, {o.skew - 1, 1 - o.skew}};
-    case skew_reverse_kl:
-      return {1 - o.skew, {1 - o.skew, o.skew - 1}};
-    default:
-      return {0, {1 - 2 * share, 2 * share - 1}};
   }
 }
 

@@ -6,12 +6,6 @@
 
 namespace mlot {
 
-// [B, A] each; a side's in the dtype of its accumulator, `share` and `target_log_total` in the wider one.
-template <class Pointer>
-struct DivergenceSaved {
-  Pointer peak, log_total, mean, scale, slope, total, moment;
-};
-
 // Student first, teacher second.
 struct RowDivergenceForward {
   LogitsRows sides[2];  // of one temperature; of one vocab_size but with column_pairs

@@ -64,6 +64,9 @@ __device__ inline float power_of_two(float x) {  // one instruction; what is bel
 __device__ inline float power_of_two(float x) { return exp2f(x); }
 #endif
 __device__ inline double power_of_two(double x) { return exp2(x); }
+// Rounded by itself: the compiler makes it no part of another operation, so that equal products differ by 0.
+__device__ inline float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+__device__ inline double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 __device__ inline float larger(float x, float y) { return fmaxf(x, y); }  // passes over NaN
 __device__ inline double larger(double x, double y) { return fmax(x, y); }
 

@@ -5,6 +5,8 @@
 
 namespace mlot::cuda {
 
+enum class Dtype { float32, bfloat16, float16, float64 };  // in the order of the tables of launchers
+
 // Pointers are to elements of T, one of float, bfloat16, float16 and double; scalars of a row are in its accumulator's
 // dtype. A slot is a place in [B, A], flat; its row lies at a position in [B, T].
 struct LogitsRows {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mlot/cuda/rows.h"
+#include "mlot/scalars.h"
 
 namespace mlot::cuda {
 

@@ -3,31 +3,24 @@
 
 #include <array>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "mlot/divergence.h"
-#include "mlot/torch/tensors.h"
+#include "mlot/torch/two_sides.h"
 
 namespace mlot {
 
-constexpr const char* kRowDivergenceForward =
-    "row_divergence_forward(Tensor student_values, Tensor student_index, Tensor? student_column_mask, "
-    "Tensor? student_log_scale, float student_temperature, bool student_standardize, int student_vocab_size, "
-    "Tensor teacher_values, Tensor teacher_index, Tensor? teacher_column_mask, Tensor? teacher_log_scale, "
-    "float teacher_temperature, bool teacher_standardize, int teacher_vocab_size, Tensor? column_pairs, str kind, "
-    "float beta, float skew, float head, float interpolation) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)";
-constexpr const char* kRowDivergenceBackward =
-    "row_divergence_backward(Tensor grad, Tensor student_values, Tensor student_index, Tensor? student_column_mask, "
-    "Tensor? student_log_scale, float student_temperature, bool student_standardize, int student_vocab_size, "
-    "Tensor teacher_values, Tensor teacher_index, Tensor? teacher_column_mask, Tensor? teacher_log_scale, "
-    "float teacher_temperature, bool teacher_standardize, int teacher_vocab_size, Tensor? column_pairs, str kind, "
-    "float beta, float skew, float head, float interpolation, Tensor student_peak, Tensor student_log_total, "
-    "Tensor student_mean, Tensor student_scale, Tensor student_slope, Tensor student_total, Tensor student_moment, "
-    "Tensor teacher_peak, Tensor teacher_log_total, Tensor teacher_mean, Tensor teacher_scale, Tensor teacher_slope, "
-    "Tensor teacher_total, Tensor teacher_moment, Tensor share, Tensor target_log_total, bool student_needed, "
-    "bool teacher_needed) -> (Tensor, Tensor, Tensor, Tensor)";
+#define MLOT_OPTIONS "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation"
+#define MLOT_SEVEN "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+
+constexpr const char* kRowDivergenceForward = "row_divergence_forward(" MLOT_SIDE("student") MLOT_SIDE("teacher")
+    MLOT_OPTIONS ") -> (Tensor, " MLOT_SEVEN ", " MLOT_SEVEN ", Tensor, Tensor)";
+constexpr const char* kRowDivergenceBackward = "row_divergence_backward(Tensor grad, " MLOT_SIDE("student")
+    MLOT_SIDE("teacher") MLOT_OPTIONS ", " MLOT_SAVED("student") MLOT_SAVED("teacher")
+        "Tensor share, Tensor target_log_total, bool student_needed, bool teacher_needed) -> " MLOT_GRADIENTS_OF_SIDES;
+
+#undef MLOT_SEVEN
+#undef MLOT_OPTIONS
 
 using RowDivergenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                         Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -65,7 +58,48 @@ struct DivergenceArguments {
   DivergenceArguments(const DivergenceArguments&) = delete;  // `value` points into its member
 };
 
-// A side's seven scalars, in the order of the schema.
-using DivergenceScalars = std::array<Tensor, 7>;
+using ScalarsOfSide = std::array<Tensor, 7>;  // as DivergenceSaved has them
+
+// Forward's outputs.
+struct RowDivergenceMade {
+  Tensor loss, share, target_log_total;
+  ScalarsOfSide student, teacher;
+
+  RowDivergenceMade(const Tensor& student_values, const Tensor& teacher_values, const Tensor& index)
+      : loss(of_both(student_values, teacher_values, index)),
+        share(of_both(student_values, teacher_values, index)),
+        target_log_total(of_both(student_values, teacher_values, index)),
+        student(of_side(student_values, index)),
+        teacher(of_side(teacher_values, index)) {}
+
+  RowDivergenceOutputs outputs() const {
+    return std::tuple_cat(std::tuple(loss), std::tuple_cat(student), std::tuple_cat(teacher),
+                          std::tuple(share, target_log_total));
+  }
+
+ private:
+  static Tensor of_both(const Tensor& student_values, const Tensor& teacher_values, const Tensor& index) {
+    return torch::stable::new_empty(student_values, index.sizes(), accumulator(student_values, teacher_values));
+  }
+  static ScalarsOfSide of_side(const Tensor& values, const Tensor& index) {
+    const auto row = [&] { return new_rows(values, index); };
+    return {row(), row(), row(), row(), row(), row(), row()};
+  }
+};
+
+// What forward left of both sides together, contiguous.
+struct RowDivergenceGiven {
+  Tensor share, target_log_total;
+
+  RowDivergenceGiven(const Tensor& share_, const Tensor& target_log_total_, const Tensor& student_values,
+                     const Tensor& teacher_values, const Tensor& index)
+      : share(dense_rows(share_, wider(student_values, teacher_values), index)),
+        target_log_total(dense_rows(target_log_total_, wider(student_values, teacher_values), index)) {}
+
+ private:
+  static const Tensor& wider(const Tensor& one, const Tensor& other) {
+    return accumulator(one) == ScalarType::Double ? one : other;
+  }
+};
 
 }  // namespace mlot

@@ -1,0 +1,146 @@
+// A pair of rows as row_divergence goes over it: which columns meet, and their probabilities.
+#pragma once
+
+#include "mlot/cuda/any_row.h"
+#include "mlot/cuda/divergence_terms.h"
+#include "mlot/cuda/row_divergence.h"
+
+namespace mlot::cuda {
+
+__device__ inline bool every_column_meets(const DivergenceProblem& problem) {
+  return !problem.options.pairs && !problem.sides[0].column_mask && !problem.sides[1].column_mask;
+}
+
+// How a row's logits become logarithms of its softmax.
+template <class B>
+struct DivergenceRow {
+  B peak, inverse, log_total;
+
+  // Rounded in itself: equal rows are to have equal ones, whether or not they are mixed.
+  __device__ B scaled(B x) const { return rounded_product(x - peak, inverse); }
+
+  __device__ B softmax(B x) const { return power_of_two((scaled(x) - log_total) * B(kLog2E)); }
+};
+
+// The scalars of a pair, in a block's shared memory, of which each thread has a copy.
+template <class B>
+struct PairScalars {
+  DivergenceRow<B> student, teacher;
+  B interpolation;
+  B target_log_total;  // of the logits that the student is held against
+  TermOptions<B> terms;
+
+  // What the student's logit is held against: where TAID mixes, (1 - t) of its own and t of the teacher's. Equal ones
+  // stay the same.
+  __device__ B target(B own, B other) const {
+    if (interpolation == B(1)) return other;
+    const bool absent = own == B(-INFINITY) || other == B(-INFINITY);
+    return absent ? B(-INFINITY) : own + interpolation * (other - own);
+  }
+
+  // With all scalars of the rows in place; `share` is of B.
+  __device__ void set_terms(const DivergenceProblem& problem, int64_t slot, double share) {
+    const double of_student = scalar_at(problem.sides[0].log_scale, problem.dtypes[0], slot);
+    const double of_teacher = scalar_at(problem.sides[1].log_scale, problem.dtypes[1], slot);
+    const bool whole = every_column_meets(problem);
+    const B kappa = B(problem.constants.kappa * (2 * share - 1));  // but for adaptive_kl the share is 1
+    terms.scale[0] = B(exp(of_student)), terms.scale[1] = B(exp(of_teacher)), terms.more = B(of_teacher - of_student);
+    terms.weight = B(problem.constants.weight), terms.share = B(share), terms.skew = B(problem.options.skew);
+    terms.kappa = whole ? B(0) : kappa, terms.balance = whole ? kappa : B(0);
+  }
+};
+
+template <class B>
+__device__ inline DivergenceRow<B> divergence_row(const LogitsRows& rows, double peak, double scale, double log_total) {
+  return {B(peak), B(1 / (rows.temperature * scale)), B(log_total)};
+}
+
+// Two columns that meet: what their rows' softmax has, p and q, which are 0 where they are left out, and log(p / q).
+template <class B>
+struct Meeting {
+  B softmax[2], q, p, d;
+};
+
+template <class B>
+__device__ inline Meeting<B> meet(const PairScalars<B>& pair, B x, B y, bool left_out) {
+  const B own = pair.student.scaled(x), log_q = own - pair.student.log_total;
+  const B log_p = pair.target(own, pair.teacher.scaled(y)) - pair.target_log_total;
+  Meeting<B> m;
+  m.softmax[0] = power_of_two(log_q * B(kLog2E)), m.softmax[1] = power_of_two(log_p * B(kLog2E));
+  m.q = left_out ? B(0) : rounded_product(m.softmax[0], pair.terms.scale[0]);
+  m.p = left_out ? B(0) : rounded_product(m.softmax[1], pair.terms.scale[1]);
+  m.d = m.p + m.q == B(0) ? B(0) : (log_p - log_q) + pair.terms.more;
+  return m;
+}
+
+// Neighbouring columns, or pairs of columns, of one thread; logits of -inf behind the last one.
+template <class B>
+struct ColumnTile {
+  B x[kColumnsAtOnce<B>], y[kColumnsAtOnce<B>];
+  unsigned left_out = 0;  // a bit for each
+
+  __device__ bool leaves_out(int i) const { return left_out >> i & 1; }
+};
+
+// Columns from `first` on, which may lie in front of the row.
+template <class B>
+__device__ inline ColumnTile<B> read_columns(const DivergenceProblem& problem, const AnyRow<B>& student,
+                                             const AnyRow<B>& teacher, int64_t first) {
+  ColumnTile<B> tile;
+  const int64_t end = problem.sides[0].vocab_size;
+  load(&student, first, end, B(-INFINITY), tile.x);
+  load(&teacher, first, end, B(-INFINITY), tile.y);
+#pragma unroll
+  for (const bool* mask : {problem.sides[0].column_mask, problem.sides[1].column_mask}) {
+    if (!mask) continue;
+#pragma unroll
+    for (int i = 0; i < kColumnsAtOnce<B>; ++i) {
+      const int64_t column = first + i;
+      if (column >= 0 && column < end && !mask[column]) tile.left_out |= 1u << i;
+    }
+  }
+  return tile;
+}
+
+// What pair number i meets: NaN where a column does not exist, which shows though the other may be left out.
+template <class B>
+struct MetByPair {
+  B x, y;
+  bool left_out;
+
+  __device__ MetByPair(const DivergenceProblem& problem, const AnyRow<B>& student, const AnyRow<B>& teacher,
+                       int64_t i) {
+    const LogitsRows &s = problem.sides[0], &t = problem.sides[1];
+    const int64_t own = problem.options.pairs[2 * i], other = problem.options.pairs[2 * i + 1];
+    x = read_column(student, own, s.vocab_size);
+    y = read_column(teacher, other, t.vocab_size);
+    const bool exist = own >= 0 && own < s.vocab_size && other >= 0 && other < t.vocab_size;
+    left_out = exist && ((s.column_mask && !s.column_mask[own]) || (t.column_mask && !t.column_mask[other]));
+  }
+};
+
+// Calls use(tile) for this thread's share of the columns that meet, or of the pairs.
+template <bool kPairs, class B, class Use>
+__device__ inline void for_tiles(const DivergenceProblem& problem, const AnyRow<B>& student, const AnyRow<B>& teacher,
+                                 Use use) {
+  constexpr int n = kColumnsAtOnce<B>;
+  const int64_t end = kPairs ? problem.options.pair_count : problem.sides[0].vocab_size;
+  const int64_t stride = int64_t(cluster_size()) * blockDim.x * n;
+  for (int64_t first = (int64_t(cluster_rank()) * blockDim.x + threadIdx.x) * n; first < end; first += stride) {
+    if constexpr (kPairs) {
+      ColumnTile<B> tile;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        tile.x[i] = tile.y[i] = B(-INFINITY);
+        if (first + i >= end) continue;
+        const MetByPair<B> met(problem, student, teacher, first + i);
+        tile.x[i] = met.x, tile.y[i] = met.y, tile.left_out |= unsigned(met.left_out) << i;
+      }
+      use(tile);
+    } else {
+      use(read_columns(problem, student, teacher, first));
+    }
+  }
+}
+
+}  // namespace mlot::cuda
