@@ -6,6 +6,7 @@ depends on it lacks a barrier.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -22,8 +23,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 ASCENDING, DESCENDING, SHUFFLED = range(3)
 SHAPES = [(64, 1, SHUFFLED), (64, 8, SHUFFLED)]  # threads of a block, blocks of a cluster, order
-if FULL:
-    SHAPES = [(t, c, order) for t in (32, 128) for c in (1, 2, 8) for order in (ASCENDING, DESCENDING, SHUFFLED)]
+if FULL:  # every size of a block with every size of a cluster, every order with two sizes of either
+    orders = (ASCENDING, DESCENDING, SHUFFLED, DESCENDING, SHUFFLED, ASCENDING)
+    SHAPES = [(*sizes, order) for sizes, order in zip(itertools.product((32, 128), (1, 2, 8)), orders, strict=True)]
 
 QUICK = "fidelity and not many and (float32 or float64 or ((bfloat16 or float16) and (odd or every)))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
