@@ -1,5 +1,6 @@
 """Fused ranking and optimal-transport operators for distillation losses."""
 
+from mlot_kernels.alignment import Alignment, align_byte_offsets, byte_offsets
 from mlot_kernels.backends import BackendUnavailable, explain, use_backend
 from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses import (
@@ -32,6 +33,7 @@ from mlot_kernels.teachers import TeacherHidden, TeacherTopK
 from mlot_kernels.transport import Transport
 
 __all__ = [
+    "Alignment",
     "BackendUnavailable",
     "DivergenceLoss",
     "Logits",
@@ -47,6 +49,8 @@ __all__ = [
     "TopK",
     "Transport",
     "ULDLoss",
+    "align_byte_offsets",
+    "byte_offsets",
     "divergence_loss",
     "explain",
     "gather_columns",
