@@ -22,7 +22,7 @@ def large_cases(dtype: torch.dtype, device: str, *, sequences: int = 8, rows: in
     """``sequences`` times ``rows`` rows; a vocabulary's size has no part in them."""
     return [
         _case(f"{width} wide", values.view(sequences, rows, width), lengths.view(sequences, rows))
-        for width in (16, 20, 64)
+        for width in (20, 64)
         for values, lengths in (large(dtype, device, rows=sequences * rows, width=width),)
     ]
 
