@@ -194,10 +194,7 @@ LARGE: dict[str, tuple[str, Callable[[Tensor, Rows, str], Outputs]]] = {
         "rank_truncate",
         lambda x, rows, backend: tuple(rank_truncate(Logits(x, rows), k=20, backend=backend)),
     ),
-    "20 entries of each row": (
-        "soft_rank",
-        lambda x, rows, backend: (_ends(soft_rank(x[..., :20], backend=backend)),),
-    ),
+    "20 entries of each row": ("soft_rank", lambda x, _, backend: (_ends(soft_rank(x[..., :20], backend=backend)),)),
     "large student": (
         "sorted_l1",
         lambda x, rows, backend: (sorted_l1(Logits(x, rows), _other_side(x, rows), backend=backend),),

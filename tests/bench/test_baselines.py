@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench.baselines import rows, transport, trl_gkd, trl_uld
+from bench.baselines import ranks, rows, transport, trl_gkd, trl_uld
 from bench.baselines.compiled import compiled
 from bench.baselines.multi_level_ot import dense_paper_loss, tidied_paper_loss
 from bench.baselines.ranking import published_ranking
@@ -23,6 +23,7 @@ from mlot_kernels import (
     row_divergence,
     row_entropy,
     sinkhorn,
+    soft_rank,
     sorted_l1,
     token_log_probability,
     topk_softmax,
@@ -106,6 +107,12 @@ def test_token_log_probability(baseline, shape, dtype):
 def test_sorted_l1(V_s, V_t, dtype):
     sides = logits(2, 5, V_s, dtype), logits(2, 5, V_t, dtype)
     assert_equal(rows.sorted_l1, lambda s, t: sorted_l1(s, t, **REFERENCE), *sides)
+
+
+@pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
+def test_soft_rank(dtype):
+    values, lengths = torch.randn(6, 17).mul(2).to(dtype), torch.tensor([17, 16, 9, 2, 1, 0])
+    assert_equal(ranks.soft_rank_by_rows, lambda x, counts: soft_rank(x, counts, **REFERENCE), values, lengths)
 
 
 @pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
