@@ -85,12 +85,11 @@ __device__ inline double log_total_of(const ExponentialSums<B, 1>& sums) {
 // Reads both rows for the normalisers of the student and of what TAID holds it against; both in one way, for equal rows
 // are to have equal ones.
 template <class B>
-__device__ inline void mix_rows(const RowDivergenceForward& call, const AnyRow<B>& student, const AnyRow<B>& teacher,
-                                int64_t slot, bool writes, ForwardMemory<B>& memory) {
+__device__ inline void mix_rows(const RowDivergenceForward& call, int64_t slot, bool writes, ForwardMemory<B>& memory) {
   constexpr B kFactor = B(kLog2E);
   const PairScalars<B> pair = memory.pair;
   MixtureSums<B> mine;
-  for_tiles<false>(call.problem, student, teacher, [&](const ColumnTile<B>& tile) {
+  for_tiles<false, B>(call.problem, slot, [&](const ColumnTile<B>& tile) {
     B own[1][kColumnsAtOnce<B>], target[1][kColumnsAtOnce<B>];
 #pragma unroll
     for (int i = 0; i < kColumnsAtOnce<B>; ++i) {
@@ -117,13 +116,12 @@ __device__ inline void mix_rows(const RowDivergenceForward& call, const AnyRow<B
 
 // Sums of this thread's share of the terms.
 template <bool kPairs, class B>
-__device__ inline DivergenceSums sums_of(const DivergenceProblem& problem, const PairScalars<B>& pair,
-                                         const AnyRow<B>& student, const AnyRow<B>& teacher) {
+__device__ inline DivergenceSums sums_of(const DivergenceProblem& problem, const PairScalars<B>& pair, int64_t slot) {
   constexpr int n = kColumnsAtOnce<B>;
   const bool with_moments = problem.sides[0].standardize || problem.sides[1].standardize;
   const bool mixes = problem.options.interpolation < 1;
   B loss = 0, total[2] = {}, moment[2] = {}, of_target = 0;
-  for_tiles<kPairs>(problem, student, teacher, [&](const ColumnTile<B>& tile) {
+  for_tiles<kPairs, B>(problem, slot, [&](const ColumnTile<B>& tile) {
     B of_student[n], of_teacher[n];
     with_kind(problem.options.kind, [&](auto kind) {
 #pragma unroll
@@ -160,10 +158,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward(RowDivergenceForward call
   constexpr Dtype kWider = sizeof(B) == 8 ? Dtype::float64 : Dtype::float32;
   const int64_t slot = blockIdx.x / cluster_size();
   const bool writes = cluster_rank() == 0 && threadIdx.x == 0;
-  const AnyRow<B> student = any_row<B>(problem.sides[0], problem.dtypes[0], slot);
-  const AnyRow<B> teacher = any_row<B>(problem.sides[1], problem.dtypes[1], slot);
-  if (!student.logits || !teacher.logits) {
-    if (writes) write_no_pair(call, kWider, slot, student.logits || teacher.logits);
+  const bool student_counts = problem.sides[0].index[slot] >= 0, teacher_counts = problem.sides[1].index[slot] >= 0;
+  if (!student_counts || !teacher_counts) {
+    if (writes) write_no_pair(call, kWider, slot, student_counts || teacher_counts);
     return;
   }
 #pragma unroll 1
@@ -172,22 +169,22 @@ __global__ void __launch_bounds__(kThreads, 2) forward(RowDivergenceForward call
   __syncthreads();
   const bool mixes = problem.options.interpolation < 1;
   if constexpr (!kPairs) {
-    if (mixes) mix_rows(call, student, teacher, slot, writes, memory);
+    if (mixes) mix_rows(call, slot, writes, memory);
   }
   B share = 1;
   if (threadIdx.x == 0) memory.pair.set_terms(problem, slot, share);
   __syncthreads();
   if (problem.options.kind == DivergenceKind::adaptive_kl) {
     const PairScalars<B> pair = memory.pair;
-    share = B(share_of_forward<kPairs>(problem, pair, student, teacher, units,
-                                       *reinterpret_cast<HeadMemory*>(shared + 1), memory.joins));
+    share = B(
+        share_of_forward<kPairs>(problem, pair, slot, units, *reinterpret_cast<HeadMemory*>(shared + 1), memory.joins));
     if (threadIdx.x == 0) memory.pair.set_terms(problem, slot, share);
     __syncthreads();
   }
   const PairScalars<B> pair = memory.pair;
   const auto add = [](const DivergenceSums& a, const DivergenceSums& b) { return join(a, b); };
-  const DivergenceSums all = over_cluster(sums_of<kPairs>(problem, pair, student, teacher), add,
-                                          reinterpret_cast<DivergenceSums*>(memory.joins));
+  const DivergenceSums all =
+      over_cluster(sums_of<kPairs>(problem, pair, slot), add, reinterpret_cast<DivergenceSums*>(memory.joins));
   if (!writes) return;
   // What (q - p) in every term leaves of the loss: the difference of the masses.
   const double left = double(pair.terms.balance) * (double(pair.terms.scale[1]) - double(pair.terms.scale[0]));

@@ -104,7 +104,7 @@ struct PairLists {
 
 // Owns all pairs of the call with one cluster: sorts them by the side's column, those of columns that do not exist
 // behind the others, and finds where each column's begin.
-__global__ void __launch_bounds__(kThreads) sort_pairs(RowDivergenceBackward call) {
+__global__ void __launch_bounds__(kThreads, 1) sort_pairs(RowDivergenceBackward call) {
   MLOT_SHARED_MEMORY(SortMemory, memory);
   const PairLists of(call);
   const int64_t vocab_size = call.problem.sides[call.own].vocab_size;

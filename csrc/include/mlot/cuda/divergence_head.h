@@ -61,15 +61,15 @@ __device__ inline void find_digit_of_head(HeadMemory& memory, double head, bool 
 // of the row for each.
 template <bool kPairs, class B>
 __device__ inline OrderedBits<B> least_of_head(const DivergenceProblem& problem, const PairScalars<B>& pair,
-                                               const AnyRow<B>& student, const AnyRow<B>& teacher, double units,
-                                               HeadMemory& memory) {
+                                               int64_t slot, double units, HeadMemory& memory) {
   using Bits = OrderedBits<B>;
   Bits least = 0;
+#pragma unroll 1
   for (int shift = kFirstHeadShift<B>; shift >= 0; shift -= kHeadBits) {
     const bool is_first = shift == kFirstHeadShift<B>;
     for (unsigned bin = threadIdx.x; bin < kHeadBins; bin += blockDim.x) memory.low[bin] = memory.high[bin] = 0;
     __syncthreads();
-    for_tiles<kPairs>(problem, student, teacher, [&](const ColumnTile<B>& tile) {
+    for_tiles<kPairs, B>(problem, slot, [&](const ColumnTile<B>& tile) {
 #pragma unroll
       for (int i = 0; i < kColumnsAtOnce<B>; ++i) {
         const B p = pair.teacher.softmax(tile.y[i]);  // as it meets: nothing is mixed here
@@ -107,12 +107,11 @@ struct Differences {
 // together. 1/2 where p = q throughout. Every thread of the cluster gets the same. `joins` has room for
 // kJoin<Differences>. `units`: of a probability of 1.
 template <bool kPairs, class B>
-__device__ inline double share_of_forward(const DivergenceProblem& problem, const PairScalars<B>& pair,
-                                          const AnyRow<B>& student, const AnyRow<B>& teacher, double units,
-                                          HeadMemory& memory, void* joins) {
-  const auto least = least_of_head<kPairs>(problem, pair, student, teacher, units, memory);
+__device__ inline double share_of_forward(const DivergenceProblem& problem, const PairScalars<B>& pair, int64_t slot,
+                                          double units, HeadMemory& memory, void* joins) {
+  const auto least = least_of_head<kPairs>(problem, pair, slot, units, memory);
   B whole = 0, of_head = 0;
-  for_tiles<kPairs>(problem, student, teacher, [&](const ColumnTile<B>& tile) {
+  for_tiles<kPairs, B>(problem, slot, [&](const ColumnTile<B>& tile) {
 #pragma unroll
     for (int i = 0; i < kColumnsAtOnce<B>; ++i) {
       const auto m = meet(pair, tile.x[i], tile.y[i], tile.leaves_out(i));

@@ -45,7 +45,7 @@ struct PairScalars {
     const bool whole = every_column_meets(problem);
     const B kappa = B(problem.constants.kappa * (2 * share - 1));  // but for adaptive_kl the share is 1
     terms.scale[0] = B(exp(of_student)), terms.scale[1] = B(exp(of_teacher)), terms.more = B(of_teacher - of_student);
-    terms.weight = B(problem.constants.weight), terms.share = B(share), terms.skew = B(problem.options.skew);
+    terms.weight = B(problem.options.kind == DivergenceKind::adaptive_kl ? share : problem.constants.weight);
     terms.kappa = whole ? B(0) : kappa, terms.balance = whole ? kappa : B(0);
   }
 };
@@ -119,13 +119,16 @@ struct MetByPair {
   }
 };
 
-// Calls use(tile) for this thread's share of the columns that meet, or of the pairs.
+// Calls use(tile) for this thread's share of the columns that meet, or of the pairs. It finds the rows of the slot by
+// itself: kept from one reading of them to the next they would take registers in between.
 template <bool kPairs, class B, class Use>
-__device__ inline void for_tiles(const DivergenceProblem& problem, const AnyRow<B>& student, const AnyRow<B>& teacher,
-                                 Use use) {
+__device__ inline void for_tiles(const DivergenceProblem& problem, int64_t slot, Use use) {
+  const AnyRow<B> student = any_row<B>(problem.sides[0], problem.dtypes[0], slot);
+  const AnyRow<B> teacher = any_row<B>(problem.sides[1], problem.dtypes[1], slot);
   constexpr int n = kColumnsAtOnce<B>;
   const int64_t end = kPairs ? problem.options.pair_count : problem.sides[0].vocab_size;
   const int64_t stride = int64_t(cluster_size()) * blockDim.x * n;
+#pragma unroll 1
   for (int64_t first = (int64_t(cluster_rank()) * blockDim.x + threadIdx.x) * n; first < end; first += stride) {
     if constexpr (kPairs) {
       ColumnTile<B> tile;

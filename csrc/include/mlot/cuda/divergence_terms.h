@@ -24,9 +24,7 @@ template <class B>
 struct TermOptions {
   B scale[2];  // exp of the log scale
   B more;      // the teacher's log scale less the student's
-  B weight;    // of p in the mixture
-  B share;     // of adaptive_kl: of the forward part
-  B skew;      // of the skewed kinds
+  B weight;    // of p in the mixture; of adaptive_kl: the share of the forward part
   B kappa;     // what the teacher's H has beside H' in p, the student's in -q; 0 to leave it out
   B balance;   // of q - p in each term, which makes them 0 or more where it adds up to nothing
 };
@@ -89,10 +87,10 @@ __device__ inline Term<B> term_of(B q, B p, B d, const TermOptions<B>& o) {
     term = half < B(0) ? -half : half;
     of_p = sign * p, of_q = -sign * q;
   } else if constexpr (kKind == Kind::adaptive_kl) {
-    const B forward = times(p, d), reverse = times(q, -d), rest = B(1) - o.share;
-    term = o.share * forward + rest * reverse;
-    of_p = o.share * forward + rest * (p - q);
-    of_q = o.share * (q - p) + rest * reverse;
+    const B forward = times(p, d), reverse = times(q, -d), rest = B(1) - o.weight;
+    term = o.weight * forward + rest * reverse;
+    of_p = o.weight * forward + rest * (p - q);
+    of_q = o.weight * (q - p) + rest * reverse;
   } else {
     B u, w;  // log(p / m), log(q / m)
     over_mixture(d, o.weight, u, w);
@@ -103,7 +101,8 @@ __device__ inline Term<B> term_of(B q, B p, B d, const TermOptions<B>& o) {
       const B x = kOfTeacher ? p : q, y = kOfTeacher ? q : p, log_ratio = kOfTeacher ? u : w;
       const B ratio = exp_less_1(log_ratio);  // x / m - 1, where x / m has a bound of 1 / skew
       term = times(x, log_ratio);
-      const B own = term - times(x, o.skew * ratio), other = -times(y, (B(1) - o.skew) * ratio);
+      const B skew = kOfTeacher ? o.weight : B(1) - o.weight;
+      const B own = term - times(x, skew * ratio), other = -times(y, (B(1) - skew) * ratio);
       of_p = kOfTeacher ? own : other, of_q = kOfTeacher ? other : own;
     }
   }
