@@ -80,10 +80,12 @@ def align_byte_offsets(
     # What does not count lies behind everything, at a different place on either side.
     behind = torch.iinfo(torch.int64).max
     keys = _ends(student_offsets, student, width, behind), _ends(teacher_offsets, teacher, width, behind - 1)
-    closes = [_met(keys[i], keys[1 - i]) & rows.counted for i, rows in enumerate((student, teacher))]
-    closed = closes[0].sum(1)  # and as many on the other side
+    partner = _partners(*keys)  # [B, A_s], the teacher's token that ends where this one does; -1 for none
+    closes = partner >= 0
+    closed = closes.sum(1)
     G = min(student.index.shape[1], teacher.index.shape[1])
-    first = [_starts(each, closed, G) for each in closes]  # [B, G + 1]
+    own = torch.arange(student.index.shape[1], device=partner.device).expand_as(partner)
+    first = [_starts(closes, token, closed, G) for token in (own, partner)]  # [B, G + 1]
     ended = [
         each.gather(1, closed[:, None]).squeeze(1) for each in first
     ]  # [B], tokens in front of the last common end
@@ -111,23 +113,26 @@ def _ends(offsets: Tensor, rows: Rows, width: int, behind: int) -> Tensor:
         return offsets.new_zeros(B, 0, dtype=torch.int64)
     ends = offsets[..., 1].long().gather(1, rows.index.clamp(min=0)).clamp(min=0)
     ends = ends.masked_fill(~rows.counted, torch.iinfo(torch.int64).max // (2 * width)).cummax(1).values
-    which = torch.arange(A, device=ends.device) - torch.searchsorted(ends, ends)
+    place = torch.arange(A, device=ends.device)
+    begins = torch.ones_like(rows.counted)
+    begins[:, 1:] = ends[:, 1:] != ends[:, :-1]
+    which = place - torch.where(begins, place, 0).cummax(1).values
     return (ends * width + which).masked_fill(~rows.counted, behind)
 
 
-def _met(keys: Tensor, others: Tensor) -> Tensor:
-    """Which of ``keys`` ``[B, A]`` are among ``others`` ``[B, A']``, both ascending."""
+def _partners(keys: Tensor, others: Tensor) -> Tensor:
+    """For each of ``keys`` ``[B, A]`` where it is among ``others`` ``[B, A']``, both ascending; -1 where it is not."""
     if others.shape[1] == 0:
-        return torch.zeros_like(keys, dtype=torch.bool)
+        return torch.full_like(keys, -1)
     at = torch.searchsorted(others, keys).clamp(max=others.shape[1] - 1)
-    return others.gather(1, at) == keys
+    return at.masked_fill(others.gather(1, at) != keys, -1)
 
 
-def _starts(closes: Tensor, closed: Tensor, G: int) -> Tensor:
-    """``[B, G + 1]``: 0, and behind each token that closes a group; from ``closed`` on always the last one."""
-    order = (~closes).to(torch.uint8).argsort(dim=1, stable=True)[:, :G] + 1
-    starts = torch.cat((order.new_zeros(len(order), 1), order), 1)
-    slot = torch.arange(G + 1, device=closes.device).expand_as(starts)
+def _starts(closes: Tensor, token: Tensor, closed: Tensor, G: int) -> Tensor:
+    """``[B, G + 1]``: 0, and behind each ``token`` ``[B, A]`` that closes a group; from ``closed`` on the last one."""
+    group = closes.cumsum(1).masked_fill(~closes, G + 1)  # what closes none goes to a column that is cut
+    starts = closed.new_zeros(len(closes), G + 2).scatter(1, group, token + 1)
+    slot = torch.arange(G + 1, device=closes.device).expand(len(closes), G + 1)
     return starts.gather(1, torch.minimum(slot, closed[:, None]))
 
 
