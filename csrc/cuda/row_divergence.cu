@@ -32,6 +32,7 @@ struct ForwardMemory {
   static_assert(sizeof(MixtureSums<B>) <= sizeof(DivergenceSums) && sizeof(Deviation<B>) <= sizeof(DivergenceSums));
   PairScalars<B> pair;
   double expected[2];  // of x - peak
+  B share;
 };
 
 __device__ inline void write_no_pair(const RowDivergenceForward& call, Dtype wider, int64_t slot, bool one_counts) {
@@ -167,32 +168,30 @@ __global__ void __launch_bounds__(kThreads, 2) forward(RowDivergenceForward call
   for (int side = 0; side < 2; ++side) begin_row(call, side, slot, writes, memory);
   if (threadIdx.x == 0) memory.pair.interpolation = B(problem.options.interpolation);
   __syncthreads();
-  const bool mixes = problem.options.interpolation < 1;
   if constexpr (!kPairs) {
-    if (mixes) mix_rows(call, slot, writes, memory);
+    if (problem.options.interpolation < 1) mix_rows(call, slot, writes, memory);
   }
-  B share = 1;
-  if (threadIdx.x == 0) memory.pair.set_terms(problem, slot, share);
+  if (threadIdx.x == 0) memory.share = 1, memory.pair.set_terms(problem, slot, memory.share);
   __syncthreads();
   if (problem.options.kind == DivergenceKind::adaptive_kl) {
     const PairScalars<B> pair = memory.pair;
-    share = B(
-        share_of_forward<kPairs>(problem, pair, slot, units, *reinterpret_cast<HeadMemory*>(shared + 1), memory.joins));
-    if (threadIdx.x == 0) memory.pair.set_terms(problem, slot, share);
+    const double share =
+        share_of_forward<kPairs>(problem, pair, slot, units, *reinterpret_cast<HeadMemory*>(shared + 1), memory.joins);
+    if (threadIdx.x == 0) memory.share = B(share), memory.pair.set_terms(problem, slot, memory.share);
     __syncthreads();
   }
-  const PairScalars<B> pair = memory.pair;
   const auto add = [](const DivergenceSums& a, const DivergenceSums& b) { return join(a, b); };
-  const DivergenceSums all =
-      over_cluster(sums_of<kPairs>(problem, pair, slot), add, reinterpret_cast<DivergenceSums*>(memory.joins));
+  const DivergenceSums all = over_cluster(sums_of<kPairs>(problem, PairScalars<B>(memory.pair), slot), add,
+                                          reinterpret_cast<DivergenceSums*>(memory.joins));
   if (!writes) return;
   // What (q - p) in every term leaves of the loss: the difference of the masses.
-  const double left = double(pair.terms.balance) * (double(pair.terms.scale[1]) - double(pair.terms.scale[0]));
+  const auto& terms = memory.pair.terms;
+  const double left = double(terms.balance) * (double(terms.scale[1]) - double(terms.scale[0]));
   put_scalar(call.loss, kWider, slot, all.loss + left);
-  put_scalar(call.share, kWider, slot, share);
-  put_scalar(call.target_log_total, kWider, slot, pair.target_log_total);
+  put_scalar(call.share, kWider, slot, memory.share);
+  put_scalar(call.target_log_total, kWider, slot, memory.pair.target_log_total);
   for (int side = 0; side < 2; ++side) {
-    const double expected = side == 1 && mixes ? all.of_target : memory.expected[side];
+    const double expected = side == 1 && problem.options.interpolation < 1 ? all.of_target : memory.expected[side];
     const double total = side == 0 ? all.total[0] : all.total[1], moment = side == 0 ? all.moment[0] : all.moment[1];
     put_scalar(call.saved[side].total, problem.dtypes[side], slot, total);
     put_scalar(call.saved[side].moment, problem.dtypes[side], slot, moment - total * expected);
