@@ -22,18 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import large_calls
 from mlot_kernels import (
     BackendUnavailable,
-    Logits,
     Rows,
     parity,
-    rank_truncate,
-    row_divergence,
-    row_entropy,
-    soft_rank,
-    sorted_l1,
-    token_log_probability,
-    topk_softmax,
 )
 from mlot_kernels.backends import PREFERENCE
 from mlot_kernels.cases import Case, Outputs
@@ -178,51 +171,6 @@ def _bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-LARGE: dict[str, tuple[str, Callable[[Tensor, Rows, str], Outputs]]] = {
-    "entropy": ("row_entropy", lambda x, rows, backend: (row_entropy(Logits(x, rows), backend=backend),)),
-    "log-probability of a token": (
-        "token_log_probability",
-        lambda x, rows, backend: (
-            token_log_probability(Logits(x, rows), (7 * rows.counted).cumsum(1) % x.shape[2], backend=backend),
-        ),
-    ),
-    "20 columns of each row": (
-        "topk_softmax",
-        lambda x, rows, backend: tuple(topk_softmax(Logits(x, rows), 20, backend=backend)),
-    ),
-    "20 columns of each sequence": (
-        "rank_truncate",
-        lambda x, rows, backend: tuple(rank_truncate(Logits(x, rows), k=20, backend=backend)),
-    ),
-    "20 entries of each row": ("soft_rank", lambda x, _, backend: (_ends(soft_rank(x[..., :20], backend=backend)),)),
-    "large student": (
-        "sorted_l1",
-        lambda x, rows, backend: (sorted_l1(Logits(x, rows), _other_side(x, rows), backend=backend),),
-    ),
-    "large teacher": (
-        "sorted_l1",
-        lambda x, rows, backend: (sorted_l1(_other_side(x, rows), Logits(x, rows), backend=backend),),
-    ),
-    "divergence of a large student": (
-        "row_divergence",
-        lambda x, rows, backend: (
-            row_divergence(Logits(x, rows), _other_side(x, rows, x.shape[2]), kind="jsd", backend=backend),
-        ),
-    ),
-    "divergence from a large teacher": (
-        "row_divergence",
-        lambda x, rows, backend: (
-            row_divergence(_other_side(x, rows, x.shape[2]), Logits(x, rows), kind="jsd", backend=backend),
-        ),
-    ),
-}
-
-
-def _other_side(x: Tensor, rows: Rows, columns: int = 1000) -> Tensor:
-    shape = (*rows.index.shape, columns)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(x)
-
-
 def large_offsets(out: Path, device: str = "cuda", elements: int = 2**31, vocabulary: int = 151_936) -> list[Line]:
     """Rows of bfloat16 logits that lie behind so many elements give the bits that they give in a small tensor."""
     T = elements // (2 * vocabulary) + 4
@@ -235,9 +183,9 @@ def large_offsets(out: Path, device: str = "cuda", elements: int = 2**31, vocabu
     counted[:, :1] = counted[:, -3:] = True  # the last three of the second sequence lie behind the elements
     rows = Rows.from_mask(counted)
     rows = Rows(rows.index[:, :4], rows.count, rows.span[:, :4], rows.spans, rows.length)
-    small, its_rows = _ends(large), Rows.from_mask(counted.new_ones(2, 4))
+    small, its_rows = large_calls.ends(large), Rows.from_mask(counted.new_ones(2, 4))
     lines: list[Line] = []
-    for name, (operator, call) in LARGE.items():
+    for name, (operator, call) in large_calls.CALLS.items():
         for backend in backends_of(operator, device):
             both = (large, rows), (small, its_rows)
             lines += judged(operator, backend, name, _same_at_large_offsets, call, backend, *both)
@@ -252,7 +200,7 @@ def _same_at_large_offsets(
 ) -> str | None:
     outputs, gradient = _with_gradient(call, backend, *large)
     its_outputs, its_gradient = _with_gradient(call, backend, *small)
-    if found := difference((outputs, [_ends(gradient)]), (its_outputs, [its_gradient])):
+    if found := difference((outputs, [large_calls.ends(gradient)]), (its_outputs, [its_gradient])):
         return found
     astray = int(gradient.count_nonzero()) - int(its_gradient.count_nonzero())
     return f"{astray} elements of the gradient are not 0 where no row counts" if astray else None
@@ -266,11 +214,6 @@ def _with_gradient(
     smooth = tuple(y for y in outputs if y.requires_grad)
     (gradient,) = parity.gradients_of(smooth, (leaf,), parity.upstream_of(smooth))
     return [y.detach() for y in outputs], gradient
-
-
-def _ends(x: Tensor) -> Tensor:
-    """The first and the last three rows of each sequence."""
-    return torch.cat((x[:, :1], x[:, -3:]), 1)
 
 
 def memcheck(out: Path) -> list[Line]:

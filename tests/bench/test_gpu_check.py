@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, gpu_parts, gpu_verified
+from bench import gpu_check, gpu_parts, gpu_verified, large_calls
 from bench.gpu_check import Part
 from mlot_kernels import BackendUnavailable, parity
 from mlot_kernels.ops.row_entropy import reference
@@ -183,7 +183,7 @@ def large_offsets(monkeypatch, tmp_path, forward=reference.forward, backward=ref
     monkeypatch.setitem(OPERATORS["row_entropy"].forward, "cpu", forward)
     monkeypatch.setitem(OPERATORS["row_entropy"].backward, "cpu", backward)
     lines = gpu_parts.large_offsets(tmp_path, "cpu", elements=2**13, vocabulary=64)
-    assert {line.operator for line in lines} == {operator for operator, _ in gpu_parts.LARGE.values()}
+    assert {line.operator for line in lines} == {operator for operator, _ in large_calls.CALLS.values()}
     return {(line.operator, line.backend): line.failure for line in lines}
 
 

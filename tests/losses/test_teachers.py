@@ -4,56 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlot_kernels import (
-    MultiLevelOTLoss,
-    TeacherHidden,
-    TeacherTopK,
-    divergence_loss,
-    multi_level_ot_loss,
-    uld_loss,
-)
-from mlot_kernels.losses.official_multi_level_ot import official_multi_level_ot_loss
+from mlot_kernels import TeacherHidden, TeacherTopK, divergence_loss, multi_level_ot_loss, uld_loss
 from mlot_kernels.ops.row_divergence.reference import KINDS
 from tests.dispatch_modes import Allocations, NoHostSync
 from tests.losses.examples import labels_of, logits_of, value_and_gradient
-
-B, T, V, K = 2, 11, 23, 5
-INFINITE = ("reverse_kl", "adaptive_kl")  # where the teacher has probability 0 and the student has not
-LABELS = labels_of(T, (2, 4, 8, 2), (1, 9)), labels_of(T, (1, 5, 8, 3), (4, 4))
-LOSSES = {
-    "uld": (uld_loss, {}),
-    "multi_level_ot": (multi_level_ot_loss, {"k": 6}),
-    **{kind: (divergence_loss, {"kind": kind}) for kind in KINDS},
-}
-
-
-def hidden_of(width: int = V, **options) -> tuple[TeacherHidden, Tensor]:
-    """A teacher as hidden states, and its logits."""
-    hidden, weight, bias = torch.randn(B, T, 7), torch.randn(width, 7), torch.randn(width)
-    logits = hidden @ weight.T + bias
-    logits = logits * options.get("logit_scale", 1.0)
-    if "softcap" in options:
-        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
-    return TeacherHidden(hidden, weight, bias, **options), logits
-
-
-def top_k_of(tail: str, logits: Tensor | None = None, k: int = K) -> tuple[TeacherTopK, Tensor]:
-    """A teacher as a top-k in no order with one entry missing, and the log-probabilities that its tail makes of it."""
-    log_p = (logits_of(B, T, V) if logits is None else logits).log_softmax(-1)
-    values, columns = log_p.topk(k)
-    shuffled = torch.randperm(k)
-    values, columns = values[..., shuffled].clone(), columns[..., shuffled].clone()
-    if k > 1 and logits is None:
-        missing = values[0, 3].argmin()
-        values[0, 3, missing], columns[0, 3, missing] = float("-inf"), -1
-    dense = torch.full((B, T, V), float("-inf"))
-    for b in range(B):
-        for t in range(T):
-            known = columns[b, t][columns[b, t] >= 0]
-            if tail == "uniform":
-                dense[b, t] = ((1 - log_p[b, t, known].exp().sum()) / (V - len(known))).log()
-            dense[b, t, known] = log_p[b, t, known]
-    return TeacherTopK(values, columns, tail), dense
+from tests.losses.teachers import FORMS, INFINITE, LABELS, LOSSES, B, K, T, V, hidden_of, top_k_of
 
 
 def assert_same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
@@ -81,7 +36,7 @@ def test_hidden_states_are_the_logits_that_they_make(name, options):
 @pytest.mark.parametrize("tail", ["renormalize", "uniform"])
 def test_a_top_k_is_the_rows_that_its_tail_makes_of_it(name, tail):
     if tail == "renormalize" and name in INFINITE:
-        pytest.skip("refused: infinite; test_what_is_refused has it")
+        pytest.skip("refused: infinite; test_teachers_refused.py has it")
     loss, options = LOSSES[name]
     student = logits_of(B, T, V)
     teacher, dense = top_k_of(tail)
@@ -133,7 +88,7 @@ def test_under_bucket_uld_compares_the_largest_and_the_two_rests():
 @pytest.mark.parametrize("name", ["uld", "jsd", "forward_kl", "multi_level_ot"])
 def test_a_top_k_of_all_columns_is_the_whole_teacher(name, tail):
     if (name, tail) == ("multi_level_ot", "bucket"):
-        pytest.skip("refused; test_what_is_refused has it")
+        pytest.skip("refused; test_teachers_refused.py has it")
     loss, options = LOSSES[name]
     student, logits = logits_of(B, T, V), logits_of(B, T, V)
     teacher, _ = top_k_of(tail, logits, k=V)
@@ -189,143 +144,6 @@ def test_multi_level_ot_takes_hidden_states_token_by_token_and_matched():
         )
 
 
-def columns_free() -> TeacherTopK:
-    return TeacherTopK(top_k_of("uniform")[0].log_probabilities)
-
-
-REFUSED = {
-    "divergence without columns": (divergence_loss, columns_free, {}, "needs TeacherTopK.columns"),
-    "Multi-Level-OT without columns": (
-        multi_level_ot_loss,
-        columns_free,
-        {"teacher_vocab_size": V},
-        "needs TeacherTopK.columns",
-    ),
-    **{
-        f"{kind}, renormalized": (
-            divergence_loss,
-            lambda: top_k_of("renormalize")[0],
-            {"kind": kind, **options},
-            "infinite where",
-        )
-        for kind, options in (
-            ("reverse_kl", {}),
-            ("adaptive_kl", {}),
-            ("jsd", {"beta": 1.0}),
-            ("skew_reverse_kl", {"skew": 0.0}),
-        )
-    },
-    "pairs and a bucket": (
-        divergence_loss,
-        lambda: top_k_of("bucket")[0],
-        {"column_pairs": torch.zeros(1, 2, dtype=torch.int64)},
-        "column_pairs cannot be used",
-    ),
-    "a mixture and a bucket": (divergence_loss, lambda: top_k_of("bucket")[0], {"interpolation": 0.5}, "mixes logits"),
-    "another vocabulary": (
-        divergence_loss,
-        lambda: top_k_of("renormalize")[0],
-        {"teacher_vocab_size": V + 1},
-        "vocabularies of one size",
-    ),
-    "a bucket at a temperature": (
-        divergence_loss,
-        lambda: top_k_of("bucket")[0],
-        {"teacher_temperature": 2.0},
-        "needs teacher_temperature=1",
-    ),
-    "ULD, a bucket at a temperature": (
-        uld_loss,
-        lambda: top_k_of("bucket")[0],
-        {"teacher_temperature": 2.0, "teacher_vocab_size": V},
-        "needs teacher_temperature=1",
-    ),
-    "ULD, a tail of no width": (uld_loss, lambda: top_k_of("uniform")[0], {}, "needs teacher_vocab_size"),
-    "ULD, more than the bucket knows": (
-        uld_loss,
-        lambda: top_k_of("bucket")[0],
-        {"teacher_vocab_size": V, "top_k": K + 1},
-        "top_k must be at least 1 and at most 5",
-    ),
-    "Multi-Level-OT of no width": (multi_level_ot_loss, lambda: top_k_of("uniform")[0], {}, "needs teacher_vocab_size"),
-    "Multi-Level-OT and a bucket": (
-        multi_level_ot_loss,
-        lambda: top_k_of("bucket")[0],
-        {"teacher_vocab_size": V},
-        "probability of single columns",
-    ),
-    "Multi-Level-OT, more than a row knows": (
-        multi_level_ot_loss,
-        lambda: top_k_of("uniform")[0],
-        {"teacher_vocab_size": V, "scope": "token", "k": K + 1},
-        "the K of TeacherTopK",
-    ),
-    "Multi-Level-OT, all sequences' hidden states": (
-        multi_level_ot_loss,
-        lambda: hidden_of()[0],
-        {"scope": "batch"},
-        "ranks all sequences together",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name):
-    loss, teacher, options, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        loss(logits_of(B, T, V), teacher(), *LABELS, **options)
-
-
-@pytest.mark.parametrize("form", [lambda: hidden_of()[0], lambda: top_k_of("uniform")[0]], ids=["hidden", "top-k"])
-def test_the_published_loss_takes_logits_alone(form):
-    with pytest.raises(TypeError, match=r"must be a tensor, got Teacher.* the published code reads every column"):
-        official_multi_level_ot_loss(logits_of(B, T, V), form(), *LABELS)
-    with pytest.raises(TypeError, match="must be a tensor, got Teacher"):
-        MultiLevelOTLoss.official()(logits_of(B, T, V), form(), *LABELS)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: TeacherTopK(torch.zeros(2, 3)), ValueError, "must be \\[B, T, K\\]"),
-        (lambda: TeacherTopK(torch.zeros(2, 3, 0)), ValueError, "at least one column"),
-        (lambda: TeacherTopK(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5).long()), ValueError, "columns must be"),
-        (
-            lambda: TeacherTopK(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)),
-            TypeError,
-            "columns must be one of torch.int64",
-        ),
-        (lambda: TeacherTopK(torch.zeros(2, 3, 4), tail="drop"), ValueError, "tail must be one of"),
-        (lambda: TeacherTopK(torch.zeros(2, 3, 4, requires_grad=True)), ValueError, "gets no gradient"),
-        (lambda: TeacherHidden(torch.zeros(2, 3, 4), torch.zeros(9, 5)), ValueError, "weight must be"),
-        (lambda: TeacherHidden(torch.zeros(2, 3, 4), torch.zeros(9, 4).double()), TypeError, "weight must be one of"),
-        (lambda: TeacherHidden(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(8)), ValueError, "bias must be"),
-        (
-            lambda: TeacherHidden(torch.zeros(2, 3, 4), torch.zeros(9, 4), softcap=0.0),
-            ValueError,
-            "softcap must be above 0",
-        ),
-        (
-            lambda: TeacherHidden(torch.zeros(2, 3, 4), torch.zeros(9, 4), block_rows=0),
-            ValueError,
-            "block_rows must be",
-        ),
-        (lambda: TeacherHidden(torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(9, 4)), ValueError, "no gradient"),
-    ],
-)
-def test_a_teacher_that_cannot_be_is_refused_when_it_is_made(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
-
-
-FORMS = {
-    "hidden": lambda: hidden_of()[0],
-    "renormalize": lambda: top_k_of("renormalize", logits_of(B, T, V))[0],
-    "uniform": lambda: top_k_of("uniform", logits_of(B, T, V))[0],
-    "bucket": lambda: top_k_of("bucket", logits_of(B, T, V))[0],
-}
-
-
 def spoilt(teacher: TeacherHidden | TeacherTopK, at: Tensor) -> TeacherHidden | TeacherTopK:
     """The same with NaN at the positions ``at`` ``[B, T]``."""
     if isinstance(teacher, TeacherHidden):
@@ -338,7 +156,7 @@ def spoilt(teacher: TeacherHidden | TeacherTopK, at: Tensor) -> TeacherHidden | 
 @pytest.mark.parametrize("name", ["uld", "jsd", "multi_level_ot"])
 def test_rows_that_do_not_count_are_not_read_and_nan_in_one_that_does_shows(form, name):
     if (name, form) == ("multi_level_ot", "bucket"):
-        pytest.skip("refused; test_what_is_refused has it")
+        pytest.skip("refused; test_teachers_refused.py has it")
     loss, options = LOSSES[name]
     size = {} if loss is divergence_loss or form == "hidden" else {"teacher_vocab_size": V}
     student, teacher = logits_of(B, T, V), FORMS[form]()
@@ -382,7 +200,7 @@ def test_a_column_that_does_not_exist_shows(tail):
 @pytest.mark.parametrize("name", ["uld", "jsd", "multi_level_ot"])
 def test_gradcheck(form, name):
     if (name, form) == ("multi_level_ot", "bucket"):
-        pytest.skip("refused; test_what_is_refused has it")
+        pytest.skip("refused; test_teachers_refused.py has it")
     loss, options = LOSSES[name]
     size = {} if loss is divergence_loss or form == "hidden" else {"teacher_vocab_size": V}
     teacher = FORMS[form]()
