@@ -46,7 +46,6 @@ def _partners(pairs: Pairing) -> Tensor:
 class _ByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         values: Tensor,
         operator: RowWise,
         student: Logits,
@@ -55,8 +54,6 @@ class _ByBlocks(torch.autograd.Function):
         temperature: float,
         vocab_size: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(values, partner)
-        ctx.rest = operator, student, source, temperature, vocab_size
         dtype = torch.promote_types(accumulator(values.dtype), accumulator(source.by_position.dtype))
         each = values.new_zeros(partner.shape, dtype=dtype)
 
@@ -68,6 +65,12 @@ class _ByBlocks(torch.autograd.Function):
         return each
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, operator, student, source, partner, temperature, vocab_size = inputs
+        ctx.save_for_backward(values, partner)
+        ctx.rest = operator, student, source, temperature, vocab_size
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         values, partner = saved
@@ -75,11 +78,11 @@ class _ByBlocks(torch.autograd.Function):
         gradient = torch.zeros_like(values)
 
         def visit(part: slice, rows: Rows, teacher: Logits) -> None:
-            own = values[:, part].detach().requires_grad_(True)
-            with torch.enable_grad():
-                loss = operator(replace(student, values=own, rows=rows), teacher)
             of_loss = grad[:, part].gather(1, rows.index.clamp(min=0)).masked_fill(~rows.counted, 0)
-            gradient[:, part] = torch.autograd.grad(loss, own, of_loss)[0]
+            made = torch.func.vjp(  # which torch.func and torch.compile can trace
+                lambda own: operator(replace(student, values=own, rows=rows), teacher), values[:, part]
+            )
+            gradient[:, part] = made[1](of_loss)[0]
 
         _over_parts(visit, partner, source, temperature, vocab_size)
         return gradient, *(None,) * 6
@@ -98,9 +101,10 @@ def _over_parts(
         return
     height = max(1, source.block_rows // B)
     step = -(-height // PARTS)
+    may_ask = partner.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere to ask is to wait
     for start in range(0, T, height):
         block = partner[:, start : start + height]
-        if block.device.type == "cpu" and not (block >= 0).any():  # elsewhere to ask would be to wait
+        if may_ask and not (block >= 0).any():
             continue
         logits = source.logits(block)
         for first in range(0, block.shape[1], step):

@@ -80,7 +80,8 @@ class TeacherHidden:
 
     ``logits = hidden @ weight.T + bias``, times ``logit_scale``, and then ``softcap * tanh(logits / softcap)``.
     Backward makes them a second time. On a GPU they are made for every position of the student's, whether it counts or
-    not, because nothing waits for the device: leave positions out that no row needs.
+    not, because nothing waits for the device: leave positions out that no row needs. torch.compile runs this outside
+    its graph.
 
     Attributes:
         hidden: ``[B, T, D]``, float16, bfloat16, float32 or float64. Constants: no gradient goes there, nor to the

@@ -233,3 +233,26 @@ def test_a_top_k_does_not_wait_for_the_device(form, name):
     student, teacher = logits_of(B, T, V).requires_grad_(), FORMS[form]()
     with NoHostSync():
         loss(student, teacher, *LABELS, **options, **size).backward()
+
+
+@pytest.mark.parametrize("form", ["hidden", "uniform", "bucket"])
+def test_composes_with_compile_func_checkpoint_and_autocast(form):
+    student, teacher = logits_of(B, T, V), FORMS[form]()
+
+    def loss(z: Tensor) -> Tensor:
+        return divergence_loss(z, teacher, *LABELS, kind="jsd")
+
+    value, gradient = value_and_gradient(loss, student)
+    whole = form == "bucket"  # what is made block by block is a break in the graph
+    compiled = torch.compile(loss, fullgraph=whole, backend="aot_eager")
+    ways = {
+        "compile": value_and_gradient(compiled, student),
+        "checkpoint": value_and_gradient(
+            lambda z: torch.utils.checkpoint.checkpoint(loss, z, use_reentrant=False), student
+        ),
+        "func": torch.func.grad_and_value(loss)(student)[::-1],
+        "autocast": value_and_gradient(torch.autocast("cpu", dtype=torch.bfloat16)(loss), student),
+    }
+    for way, (again, other) in ways.items():
+        torch.testing.assert_close(again, value, msg=way)
+        torch.testing.assert_close(other, gradient, msg=way)
