@@ -17,12 +17,14 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda", reason="where there is a GPU, the contract's tests run the kernels on it"
 )
 
-# Every program is a Python loop here, and takes milliseconds: the quick run has torch's own checks and values, without
-# float64 and many rows, and in 16 bits of the two cases with most in them. `make test-full` has all.
-QUICK = "opcheck or (fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every))))"
+# Every program is a Python loop here, and takes milliseconds: the quick run has values, without float64 and many rows,
+# and in 16 bits of the two cases with most in them, and of one operator torch's own checks, which look at what all
+# backends share. `make test-full` has all.
+QUICK = "fidelity and not many and (float32 or ((bfloat16 or float16) and (odd or every)))"
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
 # Of an operator whose programs take long the quick run has these instead, which between them launch all of its kernels.
 FEWER = {
+    "row_entropy": f"opcheck or ({QUICK})",
     "sorted_l1": "fidelity and (tiles and (float32 or bfloat16) or float32 and every and both)",
     "row_divergence": "fidelity and (float32 and (scales or chosen and interpolated) or bfloat16 and every)",
 }
