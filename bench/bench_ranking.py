@@ -14,8 +14,9 @@ SUITE = Suite(
         ranking_loss(student, teacher, k=5, dedup="official", reduction="none", backend=backend),
     ),
     peers={
-        "published": Peer(published_ranking, sorts=True),
-        "torch.compile": Peer(published_ranking, sorts=True, compiled=True, only_full=True),
+        # Which of equal 16-bit logits is the fifth, torch.topk says as it likes, and the other side's logit is another.
+        "published": Peer(published_ranking, inexact=0.05),
+        "torch.compile": Peer(published_ranking, inexact=0.05, compiled=True, only_full=True),
     },
     traffic=lambda student, teacher: (nbytes(student, teacher), nbytes(student)),
     logits=2,
