@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.backends import BACKENDS
-from mlot_kernels.rows import Rows
+from mlot_kernels.rows import Pairing, Rows, pair
 from mlot_kernels.teachers import Teacher, TeacherHidden, TeacherTopK, by_position
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -102,6 +102,22 @@ def at_rows(weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor | None:
     if weight.shape[1] == 0:
         return like.new_zeros(rows.index.shape)
     return weight.gather(1, rows.index.clamp(min=0)).to(like.dtype).masked_fill(~rows.counted, 0)
+
+
+def paired_rows(
+    student_logits: Tensor, teacher: Teacher, student_labels: Any, teacher_labels: Any, shift: int
+) -> Pairing:
+    """The rows that a loss compares one by one, from what it accepts as labels."""
+    return pair(
+        Rows.of(student_labels, student_logits, shift=shift, name="student_labels"),
+        Rows.of(teacher_labels, by_position(teacher), shift=shift, name="teacher_labels"),
+    )
+
+
+def weight_of_rows(token_weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor:
+    """What each of the rows weighs in a mean: its token's weight, else 1; 0 beyond them. ``[B, A]``"""
+    weight = at_rows(token_weight, rows, like)
+    return rows.counted.to(like.dtype) if weight is None else weight
 
 
 def weighted(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -12,25 +12,25 @@ from mlot_kernels import checks
 from mlot_kernels.logits import Logits
 from mlot_kernels.losses.common import (
     LogitsLoss,
-    at_rows,
     check_backend,
     check_reduction,
+    paired_rows,
     reduce,
     teacher_vocabulary,
     two_sides,
     vocabulary,
+    weight_of_rows,
     weighted,
 )
 from mlot_kernels.ops.rank_truncate import gather_columns
 from mlot_kernels.ops.row_divergence import row_divergence
 from mlot_kernels.ops.row_divergence.reference import KINDS
 from mlot_kernels.row_blocks import by_blocks
-from mlot_kernels.rows import Pairing, Rows, pair
+from mlot_kernels.rows import Pairing, Rows
 from mlot_kernels.teachers import (
     SpreadTopK,
     Teacher,
     TeacherTopK,
-    by_position,
     check_temperature,
     log_rest,
     need_columns,
@@ -93,10 +93,7 @@ def divergence_loss(
     _check_options(student_temperature, teacher_temperature, kind, shift)
     check_reduction(reduction, num_items_in_batch)
     two_sides(student_logits, teacher_logits, token_weight)
-    pairs = pair(
-        Rows.of(student_labels, student_logits, shift=shift, name="student_labels"),
-        Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels"),
-    )
+    pairs = paired_rows(student_logits, teacher_logits, student_labels, teacher_labels, shift)
     V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)
     V_t = teacher_vocabulary(teacher_vocab_size, teacher_logits) or V_s
     student = Logits(student_logits, pairs.student, student_temperature, vocab_size=V_s)
@@ -110,9 +107,7 @@ def divergence_loss(
         "backend": backend,
     }
     each = divergences(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
-    weight = at_rows(token_weight, pairs.student, each)
-    if weight is None:
-        weight = pairs.student.counted.to(each.dtype)
+    weight = weight_of_rows(token_weight, pairs.student, each)
     each = weighted(each, weight).masked_fill(pairs.mismatched[:, None], float("nan"))
     loss = reduce(each, weight, reduction, num_items_in_batch)
     if not return_components:

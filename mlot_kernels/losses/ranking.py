@@ -12,13 +12,14 @@ from mlot_kernels import checks
 from mlot_kernels.logits import Logits
 from mlot_kernels.losses.common import (
     LogitsLoss,
-    at_rows,
     check_backend,
     check_reduction,
+    paired_rows,
     reduce,
     teacher_vocabulary,
     two_sides,
     vocabulary,
+    weight_of_rows,
     weighted,
 )
 from mlot_kernels.losses.divergence import divergences
@@ -27,8 +28,8 @@ from mlot_kernels.losses.teacher_ranks import top_of_teacher
 from mlot_kernels.ops.row_divergence.reference import KINDS
 from mlot_kernels.ops.soft_rank import soft_rank
 from mlot_kernels.ops.topk_softmax import topk_softmax
-from mlot_kernels.rows import Pairing, Rows, pair
-from mlot_kernels.teachers import Teacher, by_position
+from mlot_kernels.rows import Pairing, Rows
+from mlot_kernels.teachers import Teacher
 
 SPACES = ("logits", "probabilities")
 DEDUPLICATIONS = ("exact", "official")
@@ -120,10 +121,7 @@ def ranking_loss(
             f"student and teacher must have vocabularies of one size, got {V} and {V_t}; take a loss for different "
             "vocabularies, such as ULDLoss or MultiLevelOTLoss"
         )
-    pairs = pair(
-        Rows.of(student_labels, student_logits, shift=shift, name="student_labels"),
-        Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels"),
-    )
+    pairs = paired_rows(student_logits, teacher_logits, student_labels, teacher_labels, shift)
     ranks = _ranks(student_logits, teacher_logits, pairs, V, min(k, V), space, dedup, epsilon, backend)
     each = _one_less_correlation(ranks)  # [B, A]
     loss = ranking_weight * each
@@ -133,9 +131,7 @@ def ranking_loss(
         student = Logits(student_logits, pairs.student, vocab_size=V)
         added = divergences(student, teacher_logits, pairs, 1.0, V, {**options, "backend": backend})
         loss = loss + base_weight * (ranks.overlap * added if dynamic else added)
-    weight = at_rows(token_weight, pairs.student, each)
-    if weight is None:
-        weight = pairs.student.counted.to(each.dtype)
+    weight = weight_of_rows(token_weight, pairs.student, each)
     loss = weighted(loss, weight).masked_fill(pairs.mismatched[:, None], float("nan"))
     loss = reduce(loss, weight, reduction, num_items_in_batch)
     if not return_components:

@@ -12,20 +12,21 @@ from mlot_kernels import checks
 from mlot_kernels.logits import Logits
 from mlot_kernels.losses.common import (
     LogitsLoss,
-    at_rows,
     check_backend,
     check_reduction,
+    paired_rows,
     reduce,
     teacher_vocabulary,
     two_sides,
     vocabulary,
+    weight_of_rows,
     weighted,
 )
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.sorted_l1.reference import TAILS, TIES
 from mlot_kernels.row_blocks import by_blocks
-from mlot_kernels.rows import Pairing, Rows, gather_rows, pair
-from mlot_kernels.teachers import RowSource, SpreadTopK, Teacher, TeacherTopK, by_position, check_temperature
+from mlot_kernels.rows import Pairing, Rows, gather_rows
+from mlot_kernels.teachers import RowSource, SpreadTopK, Teacher, TeacherTopK, check_temperature
 
 
 def uld_loss(
@@ -87,10 +88,7 @@ def uld_loss(
     check_reduction(reduction, num_items_in_batch)
     two_sides(student_logits, teacher_logits, token_weight)
     V_t = teacher_vocabulary(teacher_vocab_size, teacher_logits)
-    pairs = pair(
-        Rows.of(student_labels, student_logits, shift=shift, name="student_labels"),
-        Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels"),
-    )
+    pairs = paired_rows(student_logits, teacher_logits, student_labels, teacher_labels, shift)
     student = Logits(
         student_logits,
         pairs.student,
@@ -99,9 +97,7 @@ def uld_loss(
     )
     options = {"ties": ties, "top_k": top_k, "tail": tail, "backend": backend}
     distance = _distances(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
-    weight = at_rows(token_weight, pairs.student, distance)
-    if weight is None:
-        weight = pairs.student.counted.to(distance.dtype)
+    weight = weight_of_rows(token_weight, pairs.student, distance)
     total = weight.sum(1)
 
     def mean_over_rows(x: Tensor) -> Tensor:  # [B, A] -> [B]
