@@ -5,18 +5,21 @@ from mlot_kernels.backends import BackendUnavailable, explain, use_backend
 from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses import (
     DivergenceLoss,
+    HybridLoss,
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
     RankingLoss,
     SequenceTransportLoss,
     ULDLoss,
     divergence_loss,
+    hybrid_loss,
     multi_level_ot_loss,
     official_multi_level_ot_loss,
     ranking_loss,
     sequence_transport_loss,
     uld_loss,
 )
+from mlot_kernels.merging import MergedRows, merge_groups
 from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.pairwise_cost import pairwise_cost
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
@@ -31,12 +34,15 @@ from mlot_kernels.ops.transport_cost import transport_cost
 from mlot_kernels.rows import Pairing, Rows, pair
 from mlot_kernels.teachers import TeacherHidden, TeacherTopK
 from mlot_kernels.transport import Transport
+from mlot_kernels.vocabularies import shared_tokens
 
 __all__ = [
     "Alignment",
     "BackendUnavailable",
     "DivergenceLoss",
+    "HybridLoss",
     "Logits",
+    "MergedRows",
     "MultiLevelOTLoss",
     "OfficialMultiLevelOTLoss",
     "Pairing",
@@ -54,7 +60,9 @@ __all__ = [
     "divergence_loss",
     "explain",
     "gather_columns",
+    "hybrid_loss",
     "match_columns",
+    "merge_groups",
     "multi_level_ot_loss",
     "official_multi_level_ot_loss",
     "pair",
@@ -64,6 +72,7 @@ __all__ = [
     "row_divergence",
     "row_entropy",
     "sequence_transport_loss",
+    "shared_tokens",
     "sinkhorn",
     "soft_rank",
     "sorted_l1",

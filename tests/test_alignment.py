@@ -5,6 +5,7 @@ import torch
 
 from mlot_kernels import Rows, align_byte_offsets, byte_offsets
 from tests.dispatch_modes import NoHostSync
+from tests.gold import walk
 
 TEXTS = [
     "Plain words, and some more of them.",
@@ -15,24 +16,6 @@ TEXTS = [
     "   leading and trailing   ",
     "naïve café über straße ☕️☕️☕️ 🏳️‍🌈🏳️‍🌈",
 ]
-
-
-def walk(student: list[int], teacher: list[int], trailing: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Two pointers over the ends of tokens: the one whose token ends earlier advances, and both where they meet."""
-    groups: tuple[list[list[int]], list[list[int]]] = ([], [])
-    s = t = first_s = first_t = 0
-    while s < len(student) and t < len(teacher):
-        met = student[s] == teacher[t]
-        advance_s, advance_t = student[s] <= teacher[t], teacher[t] <= student[s]
-        s, t = s + advance_s, t + advance_t
-        if met:
-            groups[0].append(list(range(first_s, s)))
-            groups[1].append(list(range(first_t, t)))
-            first_s, first_t = s, t
-    if trailing == "merge" and first_s < len(student) and first_t < len(teacher):
-        groups[0].append(list(range(first_s, len(student))))
-        groups[1].append(list(range(first_t, len(teacher))))
-    return groups
 
 
 def groups_of(alignment, b: int) -> tuple[list[list[int]], list[list[int]]]:

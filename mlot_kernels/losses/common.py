@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mlot_kernels import checks
 from mlot_kernels.backends import BACKENDS
+from mlot_kernels.merging import MergedRows
 from mlot_kernels.rows import Pairing, Rows, pair
 from mlot_kernels.teachers import Teacher, TeacherHidden, TeacherTopK, by_position
 
@@ -49,6 +50,35 @@ class LogitsLoss(Loss):
             student_labels,
             teacher_labels,
             **self.options,
+            num_items_in_batch=num_items_in_batch,
+            token_weight=token_weight,
+            return_components=return_components,
+        )
+
+
+class AlignedLoss(LogitsLoss):
+    """A loss of two sides' logits that may compare groups of tokens."""
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Teacher,
+        student_labels: Tensor | Rows | None = None,
+        teacher_labels: Tensor | Rows | None = None,
+        *,
+        alignment: MergedRows | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        token_weight: Tensor | None = None,
+        return_components: bool = False,
+    ) -> Any:
+        """The loss, or ``(loss, components)``; arguments as the loss function has them."""
+        return self.function(
+            student_logits,
+            teacher_logits,
+            student_labels,
+            teacher_labels,
+            **self.options,
+            alignment=alignment,
             num_items_in_batch=num_items_in_batch,
             token_weight=token_weight,
             return_components=return_components,

@@ -11,7 +11,7 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits, Ranked
 from mlot_kernels.losses.common import (
-    LogitsLoss,
+    AlignedLoss,
     at_rows,
     check_backend,
     check_reduction,
@@ -21,7 +21,9 @@ from mlot_kernels.losses.common import (
     vocabulary,
     weighted,
 )
+from mlot_kernels.losses.merged import coverage, merged_rows, rows_to_compare
 from mlot_kernels.losses.teacher_ranks import rank_teacher
+from mlot_kernels.merging import MergedRows
 from mlot_kernels.ops.match_columns import match_columns
 from mlot_kernels.ops.rank_truncate import gather_columns, rank_truncate
 from mlot_kernels.ops.rank_truncate.reference import SCOPES
@@ -42,6 +44,7 @@ def multi_level_ot_loss(
     student_labels: Tensor | Rows | None = None,
     teacher_labels: Tensor | Rows | None = None,
     *,
+    alignment: MergedRows | None = None,
     k: int = 50,
     scope: str = "sequence",
     matching: str = "sum",
@@ -83,6 +86,9 @@ def multi_level_ot_loss(
         student_labels, teacher_labels: which rows count: integers ``[B, T]`` (-100 is ignored), a bool mask ``[B, T]``,
             ``Rows``, or None for all. Row i of answer span r on one side is paired with row i of span r on the other; a
             sequence whose two sides have different numbers of spans gives NaN.
+        alignment: compare groups of tokens, see ``merge_groups``, instead of rows by their position: these are then all
+            rows there are, the factors are taken at temperature 1, there are no labels beside it, the teacher comes as
+            logits, and a merged row has the ``token_weight`` of the row that it is a multiple of.
         k: columns kept; at most the smaller vocabulary, to which it is lowered.
         scope: what is ranked together: ``"sequence"``, ``"batch"`` or ``"token"``, see ``rank_truncate``.
         matching: how the student's columns meet the teacher's k, which are those with the largest sums over all its
@@ -103,7 +109,8 @@ def multi_level_ot_loss(
             terms and each student column of the transport term.
         return_components: also return a dict of detached scalars: ``absolute_difference``, ``logarithmic`` and
             ``transport`` before their weights, reduced as the mean; ``student_mass`` and ``teacher_mass``, the mean
-            kept probability of a counted row; ``rows``, the number of paired rows.
+            kept probability of a counted row; ``coverage``, the mean part of a student's tokens in groups that end at a
+            common byte, 1 without an alignment; ``rows``, the number of paired rows.
         backend: run all operators on this backend or raise.
 
     Returns:
@@ -128,21 +135,33 @@ def multi_level_ot_loss(
         shift,
     )
     check_reduction(reduction, num_items_in_batch)
-    two_sides(student_logits, teacher_logits, token_weight)
-    student_rows = Rows.of(student_labels, student_logits, shift=shift, name="student_labels")
-    teacher_rows = Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels")
+    if alignment is None:
+        two_sides(student_logits, teacher_logits, token_weight)
+        student_rows = Rows.of(student_labels, student_logits, shift=shift, name="student_labels")
+        teacher_rows = Rows.of(teacher_labels, by_position(teacher_logits), shift=shift, name="teacher_labels")
+        pairs = pair(student_rows, teacher_rows)
+    else:
+        pairs = rows_to_compare(
+            student_logits, teacher_logits, student_labels, teacher_labels, shift, alignment, token_weight
+        )
+        student_rows, teacher_rows = pairs.student, pairs.teacher
     V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)
     V_t = teacher_vocabulary(teacher_vocab_size, teacher_logits)
     if V_t is None:
         raise ValueError("a TeacherTopK needs teacher_vocab_size, whose columns are ranked, got None; pass it")
 
-    pairs = pair(student_rows, teacher_rows)
     z_s = Logits(student_logits, student_rows, vocab_size=V_s)
     also_at = (transport_temperature,)
     kept = min(k, V_s, V_t)
-    teacher = rank_teacher(
-        teacher_logits, teacher_rows, k=kept, scope=scope, also_at=also_at, vocab_size=V_t, backend=backend
-    )
+    if alignment is None:
+        teacher = rank_teacher(
+            teacher_logits, teacher_rows, k=kept, scope=scope, also_at=also_at, vocab_size=V_t, backend=backend
+        )
+    else:
+        assert isinstance(teacher_logits, Tensor)
+        z_s = merged_rows(z_s, alignment.student, backend)
+        z_t = merged_rows(Logits(teacher_logits, teacher_rows, vocab_size=V_t), alignment.teacher, backend)
+        teacher = rank_truncate(z_t, k=kept, scope=scope, also_at=also_at, backend=backend)
     if matching == "sum":
         student = rank_truncate(z_s, k=kept, scope=scope, also_at=also_at, backend=backend)
     else:
@@ -178,6 +197,7 @@ def multi_level_ot_loss(
     components = dict(zip(("absolute_difference", "logarithmic", "transport"), reduced, strict=True))
     for name, ranked, rows in (("student_mass", student, student_rows), ("teacher_mass", teacher, teacher_rows)):
         components[name] = reduce(ranked.kept_mass.detach(), rows.counted, "mean")
+    components["coverage"] = coverage(alignment, paired)
     components["rows"] = pairs.student.count.sum()
     return loss, components
 
@@ -228,7 +248,7 @@ def _paired_terms(
     return absolute.sum(1), logarithmic.sum(1)
 
 
-class MultiLevelOTLoss(LogitsLoss):
+class MultiLevelOTLoss(AlignedLoss):
     """The Multi-Level-OT loss; the options are those of ``multi_level_ot_loss``, and their defaults the paper's.
 
     ``MultiLevelOTLoss.paper()`` is the default by name; ``MultiLevelOTLoss.official()`` is what the published code

@@ -11,17 +11,17 @@ from torch import Tensor
 from mlot_kernels import checks
 from mlot_kernels.logits import Logits
 from mlot_kernels.losses.common import (
-    LogitsLoss,
+    AlignedLoss,
     check_backend,
     check_reduction,
-    paired_rows,
     reduce,
     teacher_vocabulary,
-    two_sides,
     vocabulary,
     weight_of_rows,
     weighted,
 )
+from mlot_kernels.losses.merged import coverage, merged_rows, rows_to_compare
+from mlot_kernels.merging import MergedRows
 from mlot_kernels.ops.sorted_l1 import sorted_l1
 from mlot_kernels.ops.sorted_l1.reference import TAILS, TIES
 from mlot_kernels.row_blocks import by_blocks
@@ -35,6 +35,7 @@ def uld_loss(
     student_labels: Tensor | Rows | None = None,
     teacher_labels: Tensor | Rows | None = None,
     *,
+    alignment: MergedRows | None = None,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     ties: str = "mean",
@@ -62,6 +63,9 @@ def uld_loss(
         student_labels, teacher_labels: which rows count: integers ``[B, T]`` (-100 is ignored), a bool mask ``[B, T]``,
             ``Rows``, or None for all. Row i of answer span r on one side is paired with row i of span r on the other; a
             sequence whose two sides have different numbers of spans gives NaN.
+        alignment: compare groups of tokens, see ``merge_groups``, instead of rows by their position; there are no
+            labels beside it, the teacher comes as logits, and a merged row has the ``token_weight`` of the row that it
+            is a multiple of.
         student_temperature, teacher_temperature: of the softmaxes. There is no factor T squared.
         ties, top_k, tail: see ``sorted_l1``. Against the K of a top-k with the tail ``"bucket"`` only the K largest are
             compared, and then the two sums that are left over.
@@ -73,7 +77,8 @@ def uld_loss(
         token_weight: ``[B, T_s]``, weights of the student's positions in the mean over rows.
         return_components: also return a dict of detached scalars: ``sorted_l1``, reduced as the mean; ``tail_bound``,
             reduced likewise, the most that ``sorted_l1`` may be away from what it would be if the whole teacher were
-            known: 0 for all forms but a top-k; ``rows``, the number of paired rows.
+            known: 0 for all forms but a top-k; ``coverage``, the mean part of a student's tokens in groups that end at
+            a common byte, 1 without an alignment; ``rows``, the number of paired rows.
         backend: run all operators on this backend or raise.
 
     Returns:
@@ -86,17 +91,25 @@ def uld_loss(
     """
     _check_options(student_temperature, teacher_temperature, ties, top_k, tail, shift)
     check_reduction(reduction, num_items_in_batch)
-    two_sides(student_logits, teacher_logits, token_weight)
+    pairs = rows_to_compare(
+        student_logits, teacher_logits, student_labels, teacher_labels, shift, alignment, token_weight
+    )
     V_t = teacher_vocabulary(teacher_vocab_size, teacher_logits)
-    pairs = paired_rows(student_logits, teacher_logits, student_labels, teacher_labels, shift)
     student = Logits(
         student_logits,
         pairs.student,
         student_temperature,
         vocab_size=vocabulary("student_vocab_size", student_vocab_size, student_logits),
     )
-    options = {"ties": ties, "top_k": top_k, "tail": tail, "backend": backend}
-    distance = _distances(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
+    options: dict[str, Any] = {"ties": ties, "top_k": top_k, "tail": tail, "backend": backend}
+    if alignment is None:
+        distance = _distances(student, teacher_logits, pairs, teacher_temperature, V_t, options)  # [B, A]
+    else:
+        assert isinstance(teacher_logits, Tensor)
+        teacher = Logits(teacher_logits, pairs.teacher, teacher_temperature, vocab_size=V_t)
+        student = merged_rows(student, alignment.student, backend)
+        teacher = merged_rows(teacher, alignment.teacher, backend)
+        distance = sorted_l1(student, teacher, **options)  # [B, G]
     weight = weight_of_rows(token_weight, pairs.student, distance)
     total = weight.sum(1)
 
@@ -117,6 +130,7 @@ def uld_loss(
             "mean",
             num_items_in_batch,
         ),
+        "coverage": coverage(alignment, paired),
         "rows": pairs.student.count.sum(),
     }
 
@@ -179,7 +193,7 @@ def _check_options(
     checks.integer("shift", shift, 0)
 
 
-class ULDLoss(LogitsLoss):
+class ULDLoss(AlignedLoss):
     """The ULD loss as a module; the options are those of ``uld_loss``."""
 
     def __init__(

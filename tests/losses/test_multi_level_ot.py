@@ -120,7 +120,9 @@ def test_paper_by_hand():
     assert parts["teacher_mass"].item() == pytest.approx(0.9)
     assert parts["student_mass"].item() == pytest.approx(0.85)
     assert parts["rows"].item() == 2
-    assert parts.keys() == {"absolute_difference", "logarithmic", "transport", "student_mass", "teacher_mass", "rows"}
+    assert parts["coverage"].item() == 1
+    terms = {"absolute_difference", "logarithmic", "transport"}
+    assert parts.keys() == terms | {"student_mass", "teacher_mass", "coverage", "rows"}
     assert not any(part.requires_grad or part.dim() for part in parts.values())
 
 

@@ -27,7 +27,7 @@ def test_several_spans_and_weights():
     torch.testing.assert_close(loss, each.mean())
     torch.testing.assert_close(parts["sorted_l1"], loss)
     assert parts["rows"].item() == 4
-    assert parts.keys() == {"sorted_l1", "tail_bound", "rows"}
+    assert parts.keys() == {"sorted_l1", "tail_bound", "coverage", "rows"}
     weight = torch.arange(9.0)[None]
     weighted = uld_loss(student, teacher, *labels, token_weight=weight)
     used = weight[0, [0, 1, 4, 5]]
