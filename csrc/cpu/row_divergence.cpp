@@ -160,7 +160,7 @@ void backward_pair(const RowDivergenceBackward& call, const S* x, const T* y, in
       }
     });
   }
-  const DivergenceOptions no_pairs{pair.options.kind, 0, 0, 0, 1, nullptr, 0};
+  const DivergenceOptions no_pairs{pair.options.kind, 0, 0, 0, 1, 0, nullptr, 0};
   const Columns every{no_pairs, vocab_size};
   for (int64_t first = 0; first < vocab_size; first += kTermColumns) {
     const int64_t n = std::min(kTermColumns, vocab_size - first);
@@ -171,7 +171,7 @@ void backward_pair(const RowDivergenceBackward& call, const S* x, const T* y, in
       H = chunk.H[kSide];
     }
     B* softmax = chunk.softmax[kSide];
-    if (!pair.whole) {  // of all columns, not only of those that meet
+    if (!pair.every_meets) {  // of all columns, not only of those that meet
       B log_softmax[kTermColumns];
       if (kSide == 1 && pair.options.interpolation < 1) {
         pair.mix(chunk, first, n);

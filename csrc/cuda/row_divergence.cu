@@ -116,7 +116,7 @@ __device__ inline void mix_rows(const RowDivergenceForward& call, int64_t slot, 
 }
 
 // Sums of this thread's share of the terms.
-template <bool kPairs, class B>
+template <bool kPairs, bool kFloors, class B>
 __device__ inline DivergenceSums sums_of(const DivergenceProblem& problem, const PairScalars<B>& pair, int64_t slot) {
   constexpr int n = kColumnsAtOnce<B>;
   const bool with_moments = problem.sides[0].standardize || problem.sides[1].standardize;
@@ -127,8 +127,8 @@ __device__ inline DivergenceSums sums_of(const DivergenceProblem& problem, const
     with_kind(problem.options.kind, [&](auto kind) {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const auto m = meet(pair, tile.x[i], tile.y[i], tile.leaves_out(i));
-        const auto term = term_of<decltype(kind)::value>(m.q, m.p, m.d, pair.terms);
+        const auto m = meet<kFloors>(pair, tile.x[i], tile.y[i], tile.leaves_out(i));
+        const auto term = term_of<decltype(kind)::value>(m, pair.terms);
         loss += term.loss, of_student[i] = term.H[0], of_teacher[i] = term.H[1];
       }
     });
@@ -141,7 +141,7 @@ __device__ inline DivergenceSums sums_of(const DivergenceProblem& problem, const
       moment[0] += below_x == B(-INFINITY) ? B(0) : of_student[i] * below_x;
       moment[1] += below_y == B(-INFINITY) ? B(0) : of_teacher[i] * below_y;
       if (!mixes || below_y == B(-INFINITY)) continue;
-      of_target += meet(pair, tile.x[i], tile.y[i], false).softmax[1] * below_y;
+      of_target += meet<false>(pair, tile.x[i], tile.y[i], false).softmax[1] * below_y;
     }
   });
   return {loss, {total[0], total[1]}, {moment[0], moment[1]}, of_target};
@@ -151,7 +151,7 @@ __device__ inline DivergenceSums sums_of(const DivergenceProblem& problem, const
 // cache for the terms of all columns that meet; where TAID mixes for the mixture's normaliser, and for adaptive_kl once
 // for each digit of the head's end and once for its share. Writes the loss and what backward needs. Sums of a thread
 // are in the accumulator, those of the cluster in float64.
-template <class B, bool kPairs>
+template <class B, bool kPairs, bool kFloors>
 __global__ void __launch_bounds__(kThreads, 2) forward(RowDivergenceForward call, double units) {
   MLOT_SHARED_MEMORY(ForwardMemory<B>, shared);
   ForwardMemory<B>& memory = *shared;
@@ -168,20 +168,22 @@ __global__ void __launch_bounds__(kThreads, 2) forward(RowDivergenceForward call
   for (int side = 0; side < 2; ++side) begin_row(call, side, slot, writes, memory);
   if (threadIdx.x == 0) memory.pair.interpolation = B(problem.options.interpolation);
   __syncthreads();
-  if constexpr (!kPairs) {
+  if constexpr (!kPairs && !kFloors) {
     if (problem.options.interpolation < 1) mix_rows(call, slot, writes, memory);
   }
   if (threadIdx.x == 0) memory.share = 1, memory.pair.set_terms(problem, slot, memory.share);
   __syncthreads();
-  if (problem.options.kind == DivergenceKind::adaptive_kl) {
-    const PairScalars<B> pair = memory.pair;
-    const double share =
-        share_of_forward<kPairs>(problem, pair, slot, units, *reinterpret_cast<HeadMemory*>(shared + 1), memory.joins);
-    if (threadIdx.x == 0) memory.share = B(share), memory.pair.set_terms(problem, slot, memory.share);
-    __syncthreads();
+  if constexpr (!kFloors) {
+    if (problem.options.kind == DivergenceKind::adaptive_kl) {
+      const PairScalars<B> pair = memory.pair;
+      HeadMemory& of_head = *reinterpret_cast<HeadMemory*>(shared + 1);
+      const double share = share_of_forward<kPairs>(problem, pair, slot, units, of_head, memory.joins);
+      if (threadIdx.x == 0) memory.share = B(share), memory.pair.set_terms(problem, slot, memory.share);
+      __syncthreads();
+    }
   }
   const auto add = [](const DivergenceSums& a, const DivergenceSums& b) { return join(a, b); };
-  const DivergenceSums all = over_cluster(sums_of<kPairs>(problem, PairScalars<B>(memory.pair), slot), add,
+  const DivergenceSums all = over_cluster(sums_of<kPairs, kFloors>(problem, PairScalars<B>(memory.pair), slot), add,
                                           reinterpret_cast<DivergenceSums*>(memory.joins));
   if (!writes) return;
   // What (q - p) in every term leaves of the loss: the difference of the masses.
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward(RowDivergenceForward call
 template <class B>
 void launch_forward(const RowDivergenceForward& call, void* stream) {
   const DivergenceProblem& problem = call.problem;
-  const bool pairs = problem.options.pairs;
+  const bool pairs = problem.options.pairs, floors = problem.options.floor > 0;
   const int64_t longer = problem.sides[problem.sides[0].vocab_size < problem.sides[1].vocab_size].vocab_size;
   const RowShape row = shape_of_row(longer, kColumnsAtOnce<B>);
   // A probability of 1 in units: so many that 64 bits hold the sum, in which a pair's column may stand again and again.
@@ -210,7 +212,9 @@ void launch_forward(const RowDivergenceForward& call, void* stream) {
   const unsigned head = problem.options.kind == DivergenceKind::adaptive_kl ? sizeof(HeadMemory) : 0;
   const Shape shape{problem.sides[0].all_slots() * row.cluster, row.threads, row.cluster,
                     unsigned(sizeof(ForwardMemory<B>)) + head};
-  launch(pairs ? forward<B, true> : forward<B, false>, shape, stream, call, units);
+  const auto without = pairs ? forward<B, true, false> : forward<B, false, false>;
+  const auto with = pairs ? forward<B, true, true> : forward<B, false, true>;
+  launch(floors ? with : without, shape, stream, call, units);
 }
 
 }  // namespace

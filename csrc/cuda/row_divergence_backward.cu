@@ -50,7 +50,7 @@ struct GradientScalars {
 
 // Owns a stretch of one row's gradient: reads both rows of its pair there once and writes it once; zeros where no pair
 // counts and behind the distribution's columns.
-template <class B>
+template <class B, bool kFloors>
 __global__ void __launch_bounds__(kThreads, 2) backward(RowDivergenceBackward call, int64_t stretches) {
   MLOT_SHARED_MEMORY(GradientScalars<B>, shared);
   constexpr int n = kColumnsAtOnce<B>;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward(RowDivergenceBackward ca
       with_kind(problem.options.kind, [&](auto kind) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          const auto m = meet(scalars.pair, tile.x[i], tile.y[i], tile.leaves_out(i));
-          const auto term = term_of<decltype(kind)::value>(m.q, m.p, m.d, scalars.pair.terms);
+          const auto m = meet<kFloors>(scalars.pair, tile.x[i], tile.y[i], tile.leaves_out(i));
+          const auto term = term_of<decltype(kind)::value>(m, scalars.pair.terms);
           const bool own = call.own == 1;
           dx[i] = scalars.gradient(own ? tile.y[i] : tile.x[i], own ? m.softmax[1] : m.softmax[0],
                                    own ? term.H[1] : term.H[0]);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_pairs(RowDivergenceBackward 
 
 // Owns a stretch of one row's gradient where pairs of columns meet: a thread adds up one column's pairs in their order,
 // then the next one's, and reads the other side's row where they name it.
-template <class B>
+template <class B, bool kFloors>
 __global__ void __launch_bounds__(kThreads, 2) backward_of_pairs(RowDivergenceBackward call, int64_t stretches) {
   MLOT_SHARED_MEMORY(GradientScalars<B>, shared);
   const DivergenceProblem& problem = call.problem;
@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_of_pairs(RowDivergenceBa
       B H = 0;
       for (uint32_t i = of.starts[column]; i < of.starts[column + 1]; ++i) {
         const MetByPair<B> met(problem, student, teacher, of.numbers[i]);
-        const auto m = meet(scalars.pair, met.x, met.y, met.left_out);
+        const auto m = meet<kFloors>(scalars.pair, met.x, met.y, met.left_out);
         with_kind(problem.options.kind, [&](auto kind) {
-          const auto term = term_of<decltype(kind)::value>(m.q, m.p, m.d, scalars.pair.terms);
+          const auto term = term_of<decltype(kind)::value>(m, scalars.pair.terms);
           H += own ? term.H[1] : term.H[0];
         });
       }
@@ -178,7 +178,7 @@ __global__ void backward_of_log_scale(RowDivergenceBackward call) {
   double gradient = 0;
   if (problem.sides[0].index[slot] >= 0 && problem.sides[1].index[slot] >= 0) {
     double kappa = 0;
-    if (every_column_meets(problem)) {
+    if (is_whole(problem)) {
       kappa = problem.constants.kappa * (2 * scalar_at(call.share, wider, slot) - 1) * (call.own == 1 ? 1 : -1);
     }
     const double mass = exp(scalar_at(problem.sides[call.own].log_scale, dtype, slot));
@@ -192,7 +192,7 @@ template <class B>
 void launch_backward(const RowDivergenceBackward& call, void* stream) {
   const LogitsRows& rows = call.problem.sides[call.own];
   const unsigned threads = threads_of_a_block(kThreads);
-  const bool pairs = call.problem.options.pairs;
+  const bool pairs = call.problem.options.pairs, floors = call.problem.options.floor > 0;
   write_slots(rows, call.slot_of, stream);
   if (pairs) {
     const RowShape shape = shape_of_row(call.problem.options.pair_count, 1);
@@ -201,7 +201,9 @@ void launch_backward(const RowDivergenceBackward& call, void* stream) {
   const int64_t each = int64_t(threads) * kTurns * (pairs ? 1 : kColumnsAtOnce<B>);
   const int64_t most_in_front = pairs ? 0 : 16 / bytes_of(call.problem.dtypes[call.own]) - 1;  // of what is aligned
   const int64_t stretches = pieces(rows.width + most_in_front, each);
-  launch(pairs ? backward_of_pairs<B> : backward<B>,
+  const auto without = pairs ? backward_of_pairs<B, false> : backward<B, false>;
+  const auto with = pairs ? backward_of_pairs<B, true> : backward<B, true>;
+  launch(floors ? with : without,
          Shape{rows.all_positions() * stretches, threads, 1, unsigned(sizeof(GradientScalars<B>))}, stream, call,
          stretches);
   launch(backward_of_log_scale, Shape{pieces(rows.all_slots(), threads), threads, 1, 0}, stream, call);

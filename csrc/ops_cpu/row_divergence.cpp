@@ -15,13 +15,13 @@ RowDivergenceOutputs row_divergence_forward(const Tensor& student_values, const 
                                             const std::optional<Tensor>& teacher_log_scale, double teacher_temperature,
                                             bool teacher_standardize, int64_t teacher_vocab_size,
                                             const std::optional<Tensor>& column_pairs, const std::string& kind,
-                                            double beta, double skew, double head, double interpolation) {
+                                            double beta, double skew, double head, double interpolation, double floor) {
   const LogitsArguments student(student_values, student_index, student_column_mask, student_log_scale,
                                 {student_temperature}, student_standardize, student_vocab_size);
   const LogitsArguments teacher(teacher_values, teacher_index, teacher_column_mask, teacher_log_scale,
                                 {teacher_temperature}, teacher_standardize, teacher_vocab_size);
   check_pair(student.rows, teacher.rows);
-  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, student_vocab_size,
+  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, floor, student_vocab_size,
                                     teacher_vocab_size);
   const RowDivergenceMade made(student_values, teacher_values, student_index);
   const RowDivergenceForward call{
@@ -42,18 +42,18 @@ GradientsOfSides row_divergence_backward(
     const Tensor& teacher_index, const std::optional<Tensor>& teacher_column_mask,
     const std::optional<Tensor>& teacher_log_scale, double teacher_temperature, bool teacher_standardize,
     int64_t teacher_vocab_size, const std::optional<Tensor>& column_pairs, const std::string& kind, double beta,
-    double skew, double head, double interpolation, const Tensor& student_peak, const Tensor& student_log_total,
-    const Tensor& student_mean, const Tensor& student_scale, const Tensor& student_slope, const Tensor& student_total,
-    const Tensor& student_moment, const Tensor& teacher_peak, const Tensor& teacher_log_total,
-    const Tensor& teacher_mean, const Tensor& teacher_scale, const Tensor& teacher_slope, const Tensor& teacher_total,
-    const Tensor& teacher_moment, const Tensor& share, const Tensor& target_log_total, bool student_needed,
-    bool teacher_needed) {
+    double skew, double head, double interpolation, double floor, const Tensor& student_peak,
+    const Tensor& student_log_total, const Tensor& student_mean, const Tensor& student_scale,
+    const Tensor& student_slope, const Tensor& student_total, const Tensor& student_moment, const Tensor& teacher_peak,
+    const Tensor& teacher_log_total, const Tensor& teacher_mean, const Tensor& teacher_scale,
+    const Tensor& teacher_slope, const Tensor& teacher_total, const Tensor& teacher_moment, const Tensor& share,
+    const Tensor& target_log_total, bool student_needed, bool teacher_needed) {
   const LogitsArguments student(student_values, student_index, student_column_mask, student_log_scale,
                                 {student_temperature}, student_standardize, student_vocab_size);
   const LogitsArguments teacher(teacher_values, teacher_index, teacher_column_mask, teacher_log_scale,
                                 {teacher_temperature}, teacher_standardize, teacher_vocab_size);
   check_pair(student.rows, teacher.rows);
-  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, student_vocab_size,
+  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, floor, student_vocab_size,
                                     teacher_vocab_size);
   const Tensor &s = student_values, &t = teacher_values;
   const GivenSide<7> of_student(

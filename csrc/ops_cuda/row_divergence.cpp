@@ -1,5 +1,7 @@
 #include "mlot/cuda/row_divergence.h"
 
+#include <cmath>
+
 #include "common.h"
 #include "mlot/torch/row_divergence.h"
 
@@ -16,7 +18,8 @@ DivergenceProblem problem_of(const Tensor& student_values, const LogitsRows& stu
   return {.sides = {student, teacher},
           .dtypes = {Dtype(dtype_index(student_values)), Dtype(dtype_index(teacher_values))},
           .options = options,
-          .constants = constants_of(options, 1)};
+          .constants = constants_of(options, 1),
+          .log_floor = std::log(options.floor)};
 }
 
 RowDivergenceOutputs row_divergence_forward(const Tensor& student_values, const Tensor& student_index,
@@ -28,13 +31,13 @@ RowDivergenceOutputs row_divergence_forward(const Tensor& student_values, const 
                                             const std::optional<Tensor>& teacher_log_scale, double teacher_temperature,
                                             bool teacher_standardize, int64_t teacher_vocab_size,
                                             const std::optional<Tensor>& column_pairs, const std::string& kind,
-                                            double beta, double skew, double head, double interpolation) {
+                                            double beta, double skew, double head, double interpolation, double floor) {
   const OnDevice on(student_values);
   const LogitsArguments student(student_values, student_index, student_column_mask, student_log_scale,
                                 student_temperature, student_standardize, student_vocab_size);
   const LogitsArguments teacher(teacher_values, teacher_index, teacher_column_mask, teacher_log_scale,
                                 teacher_temperature, teacher_standardize, teacher_vocab_size);
-  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, student_vocab_size,
+  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, floor, student_vocab_size,
                                     teacher_vocab_size);
   const RowDivergenceMade made(student_values, teacher_values, student_index);
   const RowDivergenceForward call{
@@ -54,18 +57,18 @@ GradientsOfSides row_divergence_backward(
     const Tensor& teacher_index, const std::optional<Tensor>& teacher_column_mask,
     const std::optional<Tensor>& teacher_log_scale, double teacher_temperature, bool teacher_standardize,
     int64_t teacher_vocab_size, const std::optional<Tensor>& column_pairs, const std::string& kind, double beta,
-    double skew, double head, double interpolation, const Tensor& student_peak, const Tensor& student_log_total,
-    const Tensor& student_mean, const Tensor& student_scale, const Tensor& student_slope, const Tensor& student_total,
-    const Tensor& student_moment, const Tensor& teacher_peak, const Tensor& teacher_log_total,
-    const Tensor& teacher_mean, const Tensor& teacher_scale, const Tensor& teacher_slope, const Tensor& teacher_total,
-    const Tensor& teacher_moment, const Tensor& share, const Tensor& target_log_total, bool student_needed,
-    bool teacher_needed) {
+    double skew, double head, double interpolation, double floor, const Tensor& student_peak,
+    const Tensor& student_log_total, const Tensor& student_mean, const Tensor& student_scale,
+    const Tensor& student_slope, const Tensor& student_total, const Tensor& student_moment, const Tensor& teacher_peak,
+    const Tensor& teacher_log_total, const Tensor& teacher_mean, const Tensor& teacher_scale,
+    const Tensor& teacher_slope, const Tensor& teacher_total, const Tensor& teacher_moment, const Tensor& share,
+    const Tensor& target_log_total, bool student_needed, bool teacher_needed) {
   const OnDevice on(student_values);
   const LogitsArguments student(student_values, student_index, student_column_mask, student_log_scale,
                                 student_temperature, student_standardize, student_vocab_size);
   const LogitsArguments teacher(teacher_values, teacher_index, teacher_column_mask, teacher_log_scale,
                                 teacher_temperature, teacher_standardize, teacher_vocab_size);
-  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, student_vocab_size,
+  const DivergenceArguments options(column_pairs, kind, beta, skew, head, interpolation, floor, student_vocab_size,
                                     teacher_vocab_size);
   const Tensor &s = student_values, &t = teacher_values;
   const GivenSide<7> of_student(

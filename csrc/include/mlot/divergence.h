@@ -13,6 +13,7 @@ struct DivergenceOptions {
   double skew;           // from 0 to below 1
   double head;           // of adaptive_kl, from 0 to below 1
   double interpolation;  // of forward_kl, above 0 and up to 1
+  double floor;          // what smaller probabilities count as, without a gradient; from 0 to below 1
   const int64_t* pairs;  // [pair_count, 2], a student's column and the teacher's, or null: the same columns
   int64_t pair_count;
 };

@@ -13,7 +13,15 @@ from mlot_kernels.cases import Case, Outputs, large_pair, logits_examples, sides
 from mlot_kernels.logits import Logits, Side
 from mlot_kernels.ops.row_divergence import reference, row_divergence
 
-DEFAULTS = {"kind": "forward_kl", "beta": 0.5, "skew": 0.1, "head": 0.5, "interpolation": 1.0, "column_pairs": None}
+DEFAULTS = {
+    "kind": "forward_kl",
+    "beta": 0.5,
+    "skew": 0.1,
+    "head": 0.5,
+    "interpolation": 1.0,
+    "floor": 0.0,
+    "column_pairs": None,
+}
 
 
 def large(
@@ -74,12 +82,21 @@ def _cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield _case("interpolated", student, teacher, True, interpolation=0.4)
     plain = replace(teacher, standardize=False, columns=columns)
     yield _case("interpolated, chosen columns", replace(student, columns=columns), plain, True, interpolation=0.9)
+    for kind in ("forward_kl", "jsd"):  # a floor below which a good part of either side lies
+        yield _case(f"a floor under log scales, {kind}", student, teacher, True, kind=kind, floor=0.03)
+        yield _case(f"a floor on other columns of each side, {kind}", *chosen, True, kind=kind, floor=0.03)
+    many = torch.stack((torch.arange(40) % 19, torch.arange(40) * 7 % 26), 1).to(device)
+    for kind in reference.KINDS[:-1]:
+        options = {"kind": kind, "floor": 0.02, "column_pairs": many}
+        yield _case(f"a floor at pairs of columns, {kind}", narrow, teacher, True, **options)
     absent = torch.arange(20, device=device) % 4 == 0
     apart = Logits(randn(2, 3, 20).masked_fill(absent, float("-inf"))), Logits(randn(2, 3, 20))
     for kind in ("reverse_kl", "jsd", "total_variation", "skew_kl", "skew_reverse_kl"):
         yield _case(f"columns that the student alone lacks, {kind}", *apart, False, kind=kind)
     for kind in ("forward_kl", "jsd", "total_variation", "skew_kl", "skew_reverse_kl"):
         yield _case(f"columns that the teacher alone lacks, {kind}", apart[1], apart[0], False, kind=kind)
+    for kind in ("forward_kl", "reverse_kl"):
+        yield _case(f"a floor for columns that the student alone lacks, {kind}", *apart, False, kind=kind, floor=1e-3)
     ahead = (Logits(torch.tensor([[[120.0, 0, -120, 1]]], dtype=dtype, device=device)), Logits(randn(1, 1, 4)))
     for kind in reference.KINDS:
         case = _case(f"far apart, {kind}", *ahead, False, kind=kind)

@@ -14,7 +14,7 @@ from mlot_kernels.native import native
 from mlot_kernels.ops.row_divergence import reference
 from mlot_kernels.registry import differentiable_operator, lazy, once_differentiable, raw_operator
 
-_OPTIONS = "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation"
+_OPTIONS = "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation, float floor"
 _SAVED = ", ".join(
     f"Tensor {side}_{scalar}"
     for side in ("student", "teacher")
@@ -47,7 +47,7 @@ def _forward_fake(student_values: Tensor, student_index: Tensor, *rest: Any) -> 
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return sides.fake_gradients(arguments, arguments[36:38])
+    return sides.fake_gradients(arguments, arguments[37:39])
 
 
 _forward = raw_operator(
@@ -86,6 +86,7 @@ class RowDivergence(torch.autograd.Function):
         skew: float,
         head: float,
         interpolation: float,
+        floor: float,
         backend: str,
     ) -> tuple[Tensor, ...]:
         return _forward(
@@ -109,6 +110,7 @@ class RowDivergence(torch.autograd.Function):
             skew,
             head,
             interpolation,
+            floor,
             backend,
         )
 
@@ -117,7 +119,7 @@ class RowDivergence(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*inputs[:4], *inputs[7:11], inputs[14], *output[1:])
         ctx.student_options, ctx.teacher_options = inputs[4:7], inputs[11:14]
-        ctx.options, ctx.backend = inputs[15:20], inputs[20]
+        ctx.options, ctx.backend = inputs[15:21], inputs[21]
 
     @staticmethod
     @once_differentiable
@@ -136,7 +138,7 @@ class RowDivergence(torch.autograd.Function):
             *needed,
             ctx.backend,
         )
-        return *sides.gradients_of_inputs(gradients, needed, (saved[3], saved[7])), *(None,) * 7
+        return *sides.gradients_of_inputs(gradients, needed, (saved[3], saved[7])), *(None,) * 8
 
 
 _operator = differentiable_operator(
@@ -157,6 +159,7 @@ def row_divergence(
     skew: float = 0.1,
     head: float = 0.5,
     interpolation: float = 1.0,
+    floor: float = 0.0,
     column_pairs: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -188,6 +191,9 @@ def row_divergence(
         interpolation: TAID's t (arXiv 2501.16937), above 0 and up to 1: the student is held against the softmax of
             (1 - t) its own logits, which are a constant there, + t the teacher's, each divided by its temperature.
             ``forward_kl`` and whole vocabularies only.
+        floor: from 0 to below 1: what p and q that are smaller count as, 0 among them; they pass no gradient on, as in
+            ``log(p.clamp_min(floor))``. Then p and q are no distributions, and a KL may be negative. Neither for
+            ``adaptive_kl`` nor beside an interpolation.
         column_pairs: int64 ``[P, 2]``, a student's column and the teacher's that it meets; the sum goes over the pairs.
             None: every column meets the one of the same number, and the vocabularies have one size. A pair that names
             a column that does not exist makes the result NaN.
@@ -197,22 +203,25 @@ def row_divergence(
         ``[B, A]`` (``[N]`` for ``[N, V]``), float32 (float64 where either side is float64); 0 beyond the counted rows,
         NaN where only one of two rows counts or either holds NaN, inf where a KL is. Differentiable once with respect
         to both sides' ``values`` and ``log_scale``. For rows that are equal to the bit it is 0, and so is its gradient
-        by the logits where every column meets.
+        by the logits where every column meets and the floor is 0.
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, shape, device or value.
         BackendUnavailable: ``backend`` cannot run this call.
     """
     s, t = sides.prepare_pair(student, teacher)
-    _check(s, t, kind, interpolation, column_pairs)
+    _check(s, t, kind, interpolation, floor, column_pairs)
     beta = checks.number("beta", beta, least=0, most=1)
     skew, head = (checks.number(name, value, least=0, below=1) for name, value in (("skew", skew), ("head", head)))
     kind = reference.END_POINTS.get((kind, beta if kind == "jsd" else skew), kind)
-    loss = _operator(*s.side, *t.side, column_pairs, kind, beta, skew, head, float(interpolation), backend=backend)[0]
+    numbers = beta, skew, head, float(interpolation), float(floor)
+    loss = _operator(*s.side, *t.side, column_pairs, kind, *numbers, backend=backend)[0]
     return s.restore(loss)
 
 
-def _check(s: Prepared, t: Prepared, kind: str, interpolation: float, column_pairs: Tensor | None) -> None:
+def _check(
+    s: Prepared, t: Prepared, kind: str, interpolation: float, floor: float, column_pairs: Tensor | None
+) -> None:
     checks.same_device(student=s.side.values, column_pairs=column_pairs)
     checks.choice("kind", kind, reference.KINDS)
     if column_pairs is not None:
@@ -224,8 +233,18 @@ def _check(s: Prepared, t: Prepared, kind: str, interpolation: float, column_pai
             f"{s.side.vocab_size} and {t.side.vocab_size}; pass column_pairs, which say what column meets which, or "
             "take a loss for different vocabularies, such as sorted_l1"
         )
+    has_floor = checks.number("floor", floor, least=0, below=1) > 0
+    if has_floor and kind == "adaptive_kl":
+        raise ValueError(
+            f"floor above 0 needs another kind than 'adaptive_kl', got {floor}; leave it out, or take 'forward_kl' or "
+            "'reverse_kl', of which 'adaptive_kl' is a mean"
+        )
     if checks.number("interpolation", interpolation, above=0, most=1) == 1:
         return
+    if has_floor:
+        raise ValueError(
+            f"floor above 0 needs an interpolation of 1, got {floor} and {interpolation}; leave one of them out"
+        )
     if kind != "forward_kl":
         raise ValueError(f"interpolation below 1 needs kind='forward_kl', got {kind!r} and {interpolation}")
     if column_pairs is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     skew: float
     head: float
     interpolation: float
+    floor: float  # what smaller probabilities count as
 
 
 def row_divergence(student: Side, teacher: Side, options: Options) -> Tensor:
@@ -51,8 +53,19 @@ def row_divergence(student: Side, teacher: Side, options: Options) -> Tensor:
         log_p = looked_at(mixed.log_softmax(-1), teacher.row_index, teacher.column_mask, teacher.log_scale)
     met = columns_that_meet(student, teacher, options.column_pairs)
     log_p, log_q = met.log_p(log_p, 1), met.log_p(log_q, 0)
+    if options.floor > 0:
+        log_p, log_q = (_at_least(options.floor, x)[0] for x in (log_p, log_q))
     loss = _DEFINITIONS[options.kind](log_p, log_q, log_p.exp(), log_q.exp(), options)
     return where_both_count(loss, student.row_index, teacher.row_index)
+
+
+def _at_least(floor: float, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of what p counts as, and where that is ``floor``, which has no gradient. NaN stays.
+
+    Where p and q both count as it they add nothing to any divergence; among these are the columns that are left out.
+    """
+    low = log_p.exp() < floor
+    return torch.where(low, math.log(floor), log_p), low
 
 
 def _relative_entropy(p: Tensor, log_p: Tensor, log_m: Tensor) -> Tensor:
@@ -244,7 +257,7 @@ class _Pair(NamedTuple):
     share: Tensor  # [B, A]
     met: Meeting
     loss: Tensor  # [B, A]
-    H: tuple[Tensor, Tensor]  # [B, A, P], without kappa where every column meets
+    H: tuple[Tensor, Tensor]  # [B, A, P], without kappa where every column meets and there is no floor
     kappa: tuple[Tensor, Tensor]  # [B, A], of the gradient by the log scale; 0 where it is in H
 
 
@@ -262,14 +275,20 @@ def _compare(student: Side, teacher: Side, o: Options) -> _Pair:
     met = columns_that_meet(student, teacher, o.column_pairs)
     log_q = met.log_p(looked_at(sides[0].log_q, student.row_index, None, student.log_scale), 0)
     log_p = met.log_p(looked_at(log_target, teacher.row_index, None, teacher.log_scale), 1)
+    low: tuple[Tensor, Tensor] | None = None
+    if o.floor > 0:
+        (log_q, low_q), (log_p, low_p) = _at_least(o.floor, log_q), _at_least(o.floor, log_p)
+        low = low_q, low_p
     p, q = log_p.exp(), log_q.exp()
     share = torch.ones_like(log_total)
     if o.kind == "adaptive_kl":
         share = share_of_forward(p, q, o.head)
     s = slopes(log_p, log_q, share, o)
     H, kappa = (s.student, s.teacher), tuple(torch.ones_like(share) * k for k in (s.student_kappa, s.teacher_kappa))
-    if o.column_pairs is not None or met.left_out is not None:
+    if o.column_pairs is not None or met.left_out is not None or low is not None:
         H = H[0] + kappa[0][..., None] * q, H[1] + kappa[1][..., None] * p
+        if low is not None:
+            H = H[0].masked_fill(low[0], 0), H[1].masked_fill(low[1], 0)
         kappa = torch.zeros_like(share), torch.zeros_like(share)
         loss = s.loss.sum(-1)
     else:  # (q - p) adds up to nothing, and makes every term 0 or more, and of second order where p is near q
@@ -302,7 +321,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """``g = H - softmax sum(H)``; a side that is not needed is empty."""
     sides = Side(*arguments[:7]), Side(*arguments[7:14])
-    options, saved, needed = Options(*arguments[14:20]), arguments[20:36], arguments[36:]
+    options, saved, needed = Options(*arguments[14:21]), arguments[21:37], arguments[37:]
     pair = _compare(*sides, options)
     gradients: list[Tensor] = []
     for i, side in enumerate(sides):

@@ -83,6 +83,7 @@ def _backward(
     numbers,
     KIND: tl.constexpr,
     WHOLE: tl.constexpr,
+    FLOORS: tl.constexpr,
     MIXES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -101,7 +102,7 @@ def _backward(
         s_below, t_below, s_columns, t_columns, here = load_pair(s_row, t_row, None, start, s.vocab_size, BLOCK)
         log_q, log_p = log_softmaxes(s_row, s_below, t_row, t_below, target_log_total, numbers, MIXES)
         met_q, met_p = looked_at(s_row, s_columns, t_row, t_columns, here, log_q, log_p)
-        _term, of_q, of_p = terms(met_q, met_p, constants, KIND, WHOLE)
+        _term, of_q, of_p = terms(met_q, met_p, constants, KIND, WHOLE, FLOORS)
         if s_out.gradient is not None:
             _write_tile(s_out, s, s_saved, s_row, grad, of_q, tl.exp(log_q), s_below, slot, slots, start, BLOCK)
         if t_out.gradient is not None:
@@ -124,6 +125,7 @@ def _backward_at_pairs(
     slots,
     numbers,
     KIND: tl.constexpr,
+    FLOORS: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -161,7 +163,7 @@ def _backward_at_pairs(
             else:
                 log_q, log_p = log_softmaxes(s_row, other, t_row, own, target_log_total, numbers, False)
                 log_q, log_p = looked_at(s_row, other_columns, t_row, columns, here, log_q, log_p)
-            _term, of_q, of_p = terms(log_q, log_p, constants, KIND, False)
+            _term, of_q, of_p = terms(log_q, log_p, constants, KIND, False, FLOORS)
             H += of_q if SIDE == 0 else of_p
             at += 1
         softmax = tl.exp(below * row.inverse - row.log_total).to(grad.dtype)
@@ -190,9 +192,9 @@ def _named(columns: Tensor, vocab_size: int) -> Named:
 
 def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Arguments and outputs as in the schema; a side that is not needed is empty."""
-    sides, options = (Side(*arguments[:7]), Side(*arguments[7:14])), Options(*arguments[14:20])
-    saved, (share, target_log_total) = (Saved(*arguments[20:27]), Saved(*arguments[27:34])), arguments[34:36]
-    needed = arguments[36:]
+    sides, options = (Side(*arguments[:7]), Side(*arguments[7:14])), Options(*arguments[14:21])
+    saved, (share, target_log_total) = (Saved(*arguments[21:28]), Saved(*arguments[28:35])), arguments[35:37]
+    needed = arguments[37:]
     gradients: list[Tensor] = []
     outs: list[Out] = []
     for i, side in enumerate(sides):
@@ -215,7 +217,7 @@ def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if options.column_pairs is None:
         launch = {**launch_options("row_divergence.backward", grad.device), **EXACT}
         tiles = max(triton.cdiv(out.width, launch["BLOCK"]) for out in outs if out.gradient is not None)
-        variant = {"WHOLE": are_whole(sides, options), "MIXES": options.interpolation < 1}
+        variant = {"WHOLE": are_whole(sides, options), "FLOORS": options.floor > 0, "MIXES": options.interpolation < 1}
         _backward[(grad.numel(), tiles)](
             grad, s, saved[0], outs[0], t, saved[1], outs[1], *rest, KIND=options.kind, **variant, **launch
         )
@@ -226,7 +228,19 @@ def backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         if out.gradient is not None:
             named = _named(pairs[:, i].contiguous(), sides[i].vocab_size)
             _backward_at_pairs[(grad.numel(), triton.cdiv(out.width, launch["BLOCK"]))](
-                grad, s, saved[0], t, saved[1], out, pairs, named, *rest, KIND=options.kind, SIDE=i, **launch
+                grad,
+                s,
+                saved[0],
+                t,
+                saved[1],
+                out,
+                pairs,
+                named,
+                *rest,
+                KIND=options.kind,
+                FLOORS=options.floor > 0,
+                SIDE=i,
+                **launch,
             )
     return tuple(gradients)
 

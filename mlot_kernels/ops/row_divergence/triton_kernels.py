@@ -157,6 +157,7 @@ def _forward(
     numbers,
     KIND: tl.constexpr,
     WHOLE: tl.constexpr,
+    FLOORS: tl.constexpr,
     MIXES: tl.constexpr,
     S_STANDARDIZE: tl.constexpr,
     T_STANDARDIZE: tl.constexpr,
@@ -192,7 +193,7 @@ def _forward(
         s_below, t_below, s_columns, t_columns, here = load_pair(s_row, t_row, pairs_ptr, start, end, BLOCK)
         log_q, log_target = log_softmaxes(s_row, s_below, t_row, t_below, target_log_total, numbers, MIXES)
         log_q, log_p = looked_at(s_row, s_columns, t_row, t_columns, here, log_q, log_target)
-        term, of_q, of_p = terms(log_q, log_p, constants, KIND, WHOLE)
+        term, of_q, of_p = terms(log_q, log_p, constants, KIND, WHOLE, FLOORS)
         loss += term
         s_total += of_q
         t_total += of_p
@@ -268,6 +269,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
             numbers,
             KIND=options.kind,
             WHOLE=are_whole(sides, options),
+            FLOORS=options.floor > 0,
             MIXES=mixes,
             S_STANDARDIZE=sides[0].standardize,
             T_STANDARDIZE=sides[1].standardize,

@@ -5,6 +5,7 @@ Both rows go the same way through the same operations, so that equal ones stay e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Numbers(NamedTuple):
     kappa: int
     head: int
     interpolation: int
+    floor: int
+    log_floor: int
 
 
 class Row(NamedTuple):
@@ -60,12 +63,14 @@ def kappa_of(options: Options) -> float:
 
 def numbers_of(options: Options) -> Numbers:
     weight = {"jsd": options.beta, "skew_kl": options.skew, "skew_reverse_kl": 1 - options.skew}.get(options.kind, 0.0)
-    return Numbers(*map(bits_of, (weight, options.skew, kappa_of(options), options.head, options.interpolation)))
+    log_floor = math.log(options.floor) if options.floor > 0 else 0.0  # unused where there is none
+    own = options.skew, kappa_of(options), options.head, options.interpolation, options.floor
+    return Numbers(*map(bits_of, (weight, *own, log_floor)))
 
 
 def are_whole(sides: Sequence[Side], options: Options) -> bool:
-    """Whether every column meets."""
-    return options.column_pairs is None and all(side.column_mask is None for side in sides)
+    """Whether every column meets, and none counts as a floor."""
+    return options.column_pairs is None and options.floor == 0 and all(side.column_mask is None for side in sides)
 
 
 @triton.jit
@@ -99,6 +104,10 @@ def constants_of(s_row, t_row, numbers, share, KIND: tl.constexpr):
         share,
         double_of(numbers.skew).to(wide),
         kappa,
+        double_of(numbers.floor).to(wide),
+        double_of(numbers.log_floor).to(wide),
+        s_log_scale,
+        t_log_scale,
     )
 
 

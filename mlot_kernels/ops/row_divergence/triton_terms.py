@@ -27,6 +27,10 @@ class Constants(NamedTuple):
     share: Any  # of adaptive_kl: of the forward part
     skew: Any  # of the skewed kinds
     kappa: Any
+    floor: Any  # what smaller probabilities count as; used, as are the next three, under FLOORS
+    log_floor: Any
+    q_log_scale: Any
+    p_log_scale: Any
 
 
 @triton.jit
@@ -74,14 +78,23 @@ def skewed(x, y, log_ratio, skew):
 
 
 @triton.jit
-def terms(log_q, log_p, constants, KIND: tl.constexpr, WHOLE: tl.constexpr):
+def terms(log_q, log_p, constants, KIND: tl.constexpr, WHOLE: tl.constexpr, FLOORS: tl.constexpr):
     """A tile's terms of the loss, and H of the student and of the teacher, from logs of their softmax.
 
-    WHOLE, where every column meets: the terms are made 0 or more, and H is H'. -inf on both sides adds nothing.
+    WHOLE, where every column meets: the terms are made 0 or more, and H is H'. FLOORS: what is below the floor, which
+    NaN is not, counts as the floor, and its H is 0. -inf on both sides adds nothing.
     """
     q = tl.exp(log_q) * constants.q_scale
     p = tl.exp(log_p) * constants.p_scale
-    d = tl.where(p + q == 0, 0.0, (log_p - log_q) + constants.more)
+    apart = (log_p - log_q) + constants.more
+    if FLOORS:
+        low_q = q < constants.floor
+        low_p = p < constants.floor
+        q = tl.where(low_q, constants.floor, q)
+        p = tl.where(low_p, constants.floor, p)
+        at_q = tl.where(low_q, constants.log_floor, log_q + constants.q_log_scale)
+        apart = tl.where(low_p, constants.log_floor, log_p + constants.p_log_scale) - at_q
+    d = tl.where(p + q == 0, 0.0, apart)
     if KIND == "forward_kl":
         term = times(p, d)
         of_q, of_p = q - p, term
@@ -118,4 +131,7 @@ def terms(log_q, log_p, constants, KIND: tl.constexpr, WHOLE: tl.constexpr):
     else:
         of_q -= constants.kappa * q
         of_p += constants.kappa * p
+    if FLOORS:
+        of_q = tl.where(low_q, 0.0, of_q)
+        of_p = tl.where(low_p, 0.0, of_p)
     return term, of_q, of_p

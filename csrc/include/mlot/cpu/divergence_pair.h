@@ -59,7 +59,8 @@ struct RowPair {
   DivergenceRow<T> teacher;
   const DivergenceOptions& options;
   Columns columns;
-  bool whole;          // every column meets
+  bool every_meets;    // column of both sides
+  bool whole;          // every one meets, and none counts as a floor
   B target_log_total;  // of the logits that the student is held against; used where interpolation < 1
   TermOptions<B> of_terms;
   double mass_difference;  // what the terms' balance leaves
@@ -70,8 +71,9 @@ struct RowPair {
         teacher{y, &sides[1]},
         options(options_),
         columns{options_, options_.pairs ? options_.pair_count : sides[0].vocab_size},
-        whole(!options_.pairs && !sides[0].column_mask && !sides[1].column_mask),
-        add(terms_of<B>(options_.kind)) {}
+        every_meets(!options_.pairs && !sides[0].column_mask && !sides[1].column_mask),
+        whole(every_meets && options_.floor == 0),
+        add(options_.floor > 0 ? terms_of<B, true>(options_.kind) : terms_of<B, false>(options_.kind)) {}
 
   // With all scalars of the rows in place.
   void set_options(double share) {
@@ -82,7 +84,10 @@ struct RowPair {
                 .share = B(share),
                 .skew = B(options.skew),
                 .kappa = whole ? B(0) : B(constants.kappa),
-                .balance = whole ? B(constants.kappa) : B(0)};
+                .balance = whole ? B(constants.kappa) : B(0),
+                .floor = B(options.floor),
+                .log_floor = B(std::log(options.floor)),
+                .log_scale = {B(student.log_scale), B(teacher.log_scale)}};
     mass_difference = whole ? constants.kappa * (std::exp(teacher.log_scale) - std::exp(student.log_scale)) : 0;
   }
 
@@ -108,7 +113,7 @@ struct RowPair {
     }
     read(student, columns, 0, first, n, student.inverse, student.log_total, chunk.log_softmax[0]);
     for (int64_t i = n; i % kWidth<B> != 0; ++i) chunk.log_softmax[0][i] = chunk.log_softmax[1][i] = B(-INFINITY);
-    if (whole) return;
+    if (every_meets) return;
     const int64_t ends[2] = {student.rows->vocab_size, teacher.rows->vocab_size};
     const bool* masks[2] = {student.rows->column_mask, teacher.rows->column_mask};
     for (int side = 0; side < 2; ++side) {

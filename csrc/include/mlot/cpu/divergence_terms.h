@@ -2,6 +2,8 @@
 //
 // With p and q the teacher's and the student's probabilities, d = log(p / q), m a mixture of both. H = dloss/dlog p is
 // written as H' + kappa p, and H' is exactly 0 where p = q; mlot_kernels/ops/row_divergence/README.md has the formulas.
+// Under a floor what is smaller counts as the floor, and its H is 0. Where both are smaller, as where columns are left
+// out, that adds exactly nothing.
 #pragma once
 
 #include "mlot/cpu/vector.h"
@@ -29,6 +31,9 @@ struct TermOptions {
   B skew;      // of the skewed kinds
   B kappa;     // what the teacher's H has beside H' in p, the student's in -q; 0 to leave it out
   B balance;   // of q - p in each term, which makes them 0 or more where it adds up to nothing
+  // Of the terms with floors alone:
+  B floor, log_floor;
+  B log_scale[2];
 };
 
 // e^x - 1 for x <= 0, to a few last places of the result.
@@ -82,7 +87,7 @@ struct TermSums {
 };
 
 // Makes softmax and H of a chunk of `columns` columns; returns the sums of the loss's terms and of H.
-template <DivergenceKind kKind, class B>
+template <DivergenceKind kKind, bool kFloors, class B>
 static TermSums<B> add_terms(TermChunk<B>& chunk, int64_t columns, const TermOptions<B>& given) {
   using enum DivergenceKind;
   const TermOptions<B> o = given;  // a copy, which what is written cannot change
@@ -91,9 +96,17 @@ static TermSums<B> add_terms(TermChunk<B>& chunk, int64_t columns, const TermOpt
     const Vector<B> log_q = load(chunk.log_softmax[0] + j), log_p = load(chunk.log_softmax[1] + j);
     const Vector<B> softmax_q = exp2_negative<B>(at_least_smallest<B>(log_q * B(kLog2E)));
     const Vector<B> softmax_p = exp2_negative<B>(at_least_smallest<B>(log_p * B(kLog2E)));
-    const Vector<B> q = rounded<B>(softmax_q * o.scale[0]), p = rounded<B>(softmax_p * o.scale[1]);
+    Vector<B> q = rounded<B>(softmax_q * o.scale[0]), p = rounded<B>(softmax_p * o.scale[1]);
+    Vector<B> apart = (log_p - log_q) + o.more;
+    const auto low_q = q < o.floor, low_p = p < o.floor;  // NaN is not, and stays
+    if constexpr (kFloors) {
+      const Vector<B> at_q = low_q ? all(o.log_floor) : log_q + o.log_scale[0];
+      const Vector<B> at_p = low_p ? all(o.log_floor) : log_p + o.log_scale[1];
+      apart = at_p - at_q;
+      q = low_q ? all(o.floor) : q, p = low_p ? all(o.floor) : p;
+    }
     const Vector<B> both = p + q, zero = {};
-    const Vector<B> d = both == zero ? zero : (log_p - log_q) + o.more;
+    const Vector<B> d = both == zero ? zero : apart;
     Vector<B> term, of_p, of_q;
     if constexpr (kKind == forward_kl) {
       term = of_p = times<B>(p, d), of_q = q - p;
@@ -125,6 +138,7 @@ static TermSums<B> add_terms(TermChunk<B>& chunk, int64_t columns, const TermOpt
       }
     }
     of_q -= o.kappa * q, of_p += o.kappa * p;
+    if constexpr (kFloors) of_q = low_q ? zero : of_q, of_p = low_p ? zero : of_p;
     loss += term + o.balance * (q - p), sum_q += of_q, sum_p += of_p;
     if constexpr (kKind == adaptive_kl) store<B>(p < q ? q - p : p - q, chunk.difference + j);
     store<B>(softmax_q, chunk.softmax[0] + j), store<B>(softmax_p, chunk.softmax[1] + j);
@@ -136,24 +150,24 @@ static TermSums<B> add_terms(TermChunk<B>& chunk, int64_t columns, const TermOpt
 template <class B>
 using AddTerms = TermSums<B> (*)(TermChunk<B>&, int64_t, const TermOptions<B>&);
 
-template <class B>
+template <class B, bool kFloors>
 static inline AddTerms<B> terms_of(DivergenceKind kind) {
   using enum DivergenceKind;
   switch (kind) {
     case forward_kl:
-      return add_terms<forward_kl, B>;
+      return add_terms<forward_kl, kFloors, B>;
     case reverse_kl:
-      return add_terms<reverse_kl, B>;
+      return add_terms<reverse_kl, kFloors, B>;
     case jsd:
-      return add_terms<jsd, B>;
+      return add_terms<jsd, kFloors, B>;
     case total_variation:
-      return add_terms<total_variation, B>;
+      return add_terms<total_variation, kFloors, B>;
     case skew_kl:
-      return add_terms<skew_kl, B>;
+      return add_terms<skew_kl, kFloors, B>;
     case skew_reverse_kl:
-      return add_terms<skew_reverse_kl, B>;
+      return add_terms<skew_reverse_kl, kFloors, B>;
     default:
-      return add_terms<adaptive_kl, B>;
+      return add_terms<adaptive_kl, false, B>;
   }
 }
 

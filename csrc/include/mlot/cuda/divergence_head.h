@@ -114,7 +114,7 @@ __device__ inline double share_of_forward(const DivergenceProblem& problem, cons
   for_tiles<kPairs, B>(problem, slot, [&](const ColumnTile<B>& tile) {
 #pragma unroll
     for (int i = 0; i < kColumnsAtOnce<B>; ++i) {
-      const auto m = meet(pair, tile.x[i], tile.y[i], tile.leaves_out(i));
+      const auto m = meet<false>(pair, tile.x[i], tile.y[i], tile.leaves_out(i));
       const B difference = m.p < m.q ? m.q - m.p : m.p - m.q;
       whole += difference;
       if (ordered_bits(m.softmax[1]) >= least) of_head += difference;

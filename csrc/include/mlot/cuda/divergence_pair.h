@@ -7,8 +7,10 @@
 
 namespace mlot::cuda {
 
-__device__ inline bool every_column_meets(const DivergenceProblem& problem) {
-  return !problem.options.pairs && !problem.sides[0].column_mask && !problem.sides[1].column_mask;
+// Every column meets, and none counts as a floor.
+__device__ inline bool is_whole(const DivergenceProblem& problem) {
+  return !problem.options.pairs && !problem.sides[0].column_mask && !problem.sides[1].column_mask &&
+         problem.options.floor == 0;
 }
 
 // How a row's logits become logarithms of its softmax.
@@ -42,11 +44,13 @@ struct PairScalars {
   __device__ void set_terms(const DivergenceProblem& problem, int64_t slot, double share) {
     const double of_student = scalar_at(problem.sides[0].log_scale, problem.dtypes[0], slot);
     const double of_teacher = scalar_at(problem.sides[1].log_scale, problem.dtypes[1], slot);
-    const bool whole = every_column_meets(problem);
+    const bool whole = is_whole(problem);
     const B kappa = B(problem.constants.kappa * (2 * share - 1));  // but for adaptive_kl the share is 1
     terms.scale[0] = B(exp(of_student)), terms.scale[1] = B(exp(of_teacher)), terms.more = B(of_teacher - of_student);
     terms.weight = B(problem.options.kind == DivergenceKind::adaptive_kl ? share : problem.constants.weight);
     terms.kappa = whole ? B(0) : kappa, terms.balance = whole ? kappa : B(0);
+    terms.floor = B(problem.options.floor), terms.log_floor = B(problem.log_floor);
+    terms.log_scale[0] = B(of_student), terms.log_scale[1] = B(of_teacher);
   }
 };
 
@@ -59,18 +63,36 @@ __device__ inline DivergenceRow<B> divergence_row(const LogitsRows& rows, double
 template <class B>
 struct Meeting {
   B softmax[2], q, p, d;
+  bool low[2];  // counts as the floor, which its logit does not move; NaN does not
 };
 
-template <class B>
+// With kFloors p and q are at least the floor. Where both count as it, as where they are left out, that adds exactly
+// nothing.
+template <bool kFloors, class B>
 __device__ inline Meeting<B> meet(const PairScalars<B>& pair, B x, B y, bool left_out) {
   const B own = pair.student.scaled(x), log_q = own - pair.student.log_total;
-  const B log_p = pair.target(own, pair.teacher.scaled(y)) - pair.target_log_total;
+  const B other = pair.teacher.scaled(y);
+  const B log_p = (kFloors ? other : pair.target(own, other)) - pair.target_log_total;  // no floor where TAID mixes
   Meeting<B> m;
   m.softmax[0] = power_of_two(log_q * B(kLog2E)), m.softmax[1] = power_of_two(log_p * B(kLog2E));
   m.q = left_out ? B(0) : rounded_product(m.softmax[0], pair.terms.scale[0]);
   m.p = left_out ? B(0) : rounded_product(m.softmax[1], pair.terms.scale[1]);
-  m.d = m.p + m.q == B(0) ? B(0) : (log_p - log_q) + pair.terms.more;
+  m.low[0] = kFloors && m.q < pair.terms.floor, m.low[1] = kFloors && m.p < pair.terms.floor;
+  B apart = (log_p - log_q) + pair.terms.more;
+  if constexpr (kFloors) {
+    const B at_q = m.low[0] ? pair.terms.log_floor : log_q + pair.terms.log_scale[0];
+    const B at_p = m.low[1] ? pair.terms.log_floor : log_p + pair.terms.log_scale[1];
+    apart = at_p - at_q;
+    m.q = m.low[0] ? pair.terms.floor : m.q, m.p = m.low[1] ? pair.terms.floor : m.p;
+  }
+  m.d = m.p + m.q == B(0) ? B(0) : apart;
   return m;
+}
+
+template <DivergenceKind kKind, class B>
+__device__ inline Term<B> term_of(const Meeting<B>& m, const TermOptions<B>& o) {
+  const Term<B> term = term_of<kKind>(m.q, m.p, m.d, o);
+  return {term.loss, {m.low[0] ? B(0) : term.H[0], m.low[1] ? B(0) : term.H[1]}};
 }
 
 // Neighbouring columns, or pairs of columns, of one thread; logits of -inf behind the last one.

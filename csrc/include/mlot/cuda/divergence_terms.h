@@ -27,6 +27,9 @@ struct TermOptions {
   B weight;    // of p in the mixture; of adaptive_kl: the share of the forward part
   B kappa;     // what the teacher's H has beside H' in p, the student's in -q; 0 to leave it out
   B balance;   // of q - p in each term, which makes them 0 or more where it adds up to nothing
+  // Of the kernels with floors alone:
+  B floor, log_floor;
+  B log_scale[2];
 };
 
 template <class B>

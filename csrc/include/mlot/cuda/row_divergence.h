@@ -12,6 +12,7 @@ struct DivergenceProblem {
   Dtype dtypes[2];
   DivergenceOptions options;
   TermConstants constants;  // for a share of 1
+  double log_floor;
 
   int64_t columns() const { return options.pairs ? options.pair_count : sides[0].vocab_size; }
   bool in_double() const { return dtypes[0] == Dtype::float64 || dtypes[1] == Dtype::float64; }

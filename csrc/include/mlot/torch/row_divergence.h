@@ -10,7 +10,8 @@
 
 namespace mlot {
 
-#define MLOT_OPTIONS "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation"
+#define MLOT_OPTIONS \
+  "Tensor? column_pairs, str kind, float beta, float skew, float head, float interpolation, float floor"
 #define MLOT_SEVEN "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 constexpr const char* kRowDivergenceForward = "row_divergence_forward(" MLOT_SIDE("student") MLOT_SIDE("teacher")
@@ -40,11 +41,14 @@ struct DivergenceArguments {
   DivergenceOptions value;
 
   DivergenceArguments(const std::optional<Tensor>& column_pairs, const std::string& kind, double beta, double skew,
-                      double head, double interpolation, int64_t student_vocab_size, int64_t teacher_vocab_size)
-      : value{divergence_kind(kind), beta, skew, head, interpolation, nullptr, 0} {
+                      double head, double interpolation, double floor, int64_t student_vocab_size,
+                      int64_t teacher_vocab_size)
+      : value{divergence_kind(kind), beta, skew, head, interpolation, floor, nullptr, 0} {
     STD_TORCH_CHECK(column_pairs || student_vocab_size == teacher_vocab_size, "vocabularies must have one size");
     STD_TORCH_CHECK(interpolation == 1 || (value.kind == DivergenceKind::forward_kl && !column_pairs),
                     "interpolation needs forward_kl and whole vocabularies");
+    STD_TORCH_CHECK(floor == 0 || (interpolation == 1 && value.kind != DivergenceKind::adaptive_kl),
+                    "a floor needs an interpolation of 1 and another kind than adaptive_kl");
     if (!column_pairs) return;
     STD_TORCH_CHECK(
         column_pairs->scalar_type() == ScalarType::Long && column_pairs->dim() == 2 && column_pairs->size(1) == 2,
