@@ -28,7 +28,9 @@ if FULL:  # every size of a block with every size of a cluster, every order with
     SHAPES = [(*sizes, order) for sizes, order in zip(itertools.product((32, 128), (1, 2, 8)), orders, strict=True)]
 
 QUICK = "fidelity and not many and (float32 or ((float64 or bfloat16 or float16) and (odd or every)))"
-FEW = {"row_divergence": "odd or every or log or interpolated or head or vocabularies"}  # of many cases, each path
+FEW = {
+    "row_divergence": "odd or every or log or interpolated or head or vocabularies or floor"
+}  # of many cases, each path
 ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or composes or opcheck"
 OF_ITS_OWN = "ties or equals or tied or 16_bit or refuse"  # rows of the operators' own tests
 OF_ITS_OWN = f"({OF_ITS_OWN} or cross or hard or masked)" if FULL else f"({OF_ITS_OWN}) and not (cross or gradcheck)"

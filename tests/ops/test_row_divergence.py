@@ -140,6 +140,83 @@ def test_interpolation_is_taids(backend):
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y, x in ((ours, leaf), (expected, twin))))
 
 
+def floored_jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float, floor: float) -> torch.Tensor:
+    """Of probabilities that need not add up to 1, as TRL's GOLD trainer takes them."""
+    q, p = (x.clamp_min(floor).log() for x in (student, teacher))
+    if beta in (0, 1):
+        one, other = (q, p) if beta == 0 else (p, q)
+        return F.kl_div(one, other, reduction="none", log_target=True).sum(-1)
+    m = torch.stack((q + math.log(1 - beta), p + math.log(beta))).logsumexp(0)
+    of_p, of_q = (F.kl_div(m, x, reduction="none", log_target=True).sum(-1) for x in (p, q))
+    return beta * of_p + (1 - beta) * of_q
+
+
+@by_backend
+@pytest.mark.parametrize("floor", [1e-8, 0.03])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("layout", ["all", "masks", "pairs", "pairs and masks"])
+def test_a_floor_is_trls_clamp(layout, beta, floor, backend):
+    """Values and gradients, the log scales' among them; of both sides columns lie below either floor."""
+    student, teacher = ((x * 5).requires_grad_() for x in pair(2, 3, 40))
+    with torch.no_grad():
+        student[..., 7], teacher[..., [7, 8]] = float("-inf"), float("-inf")
+    scales = [(-torch.rand(2, 3, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    masks = [torch.rand(40) < 0.7 if "masks" in layout else torch.ones(40, dtype=torch.bool) for _ in range(2)]
+    pairs = torch.randint(40, (60, 2)) if "pairs" in layout else torch.arange(40)[:, None].expand(40, 2)
+    sides = [
+        Logits(x, log_scale=scale, columns=mask if "masks" in layout else None)
+        for x, scale, mask in zip((student, teacher), scales, masks, strict=True)
+    ]
+    options = {"kind": "jsd", "beta": beta, "floor": floor}
+    ours = row_divergence(*sides, **options, column_pairs=pairs if "pairs" in layout else None, backend=backend)
+    met = pairs[masks[0][pairs[:, 0]] & masks[1][pairs[:, 1]]]
+    q, p = (
+        (x.softmax(-1) * scale.exp()[..., None])[..., met[:, i]]
+        for i, (x, scale) in enumerate(zip((student, teacher), scales, strict=True))
+    )
+    assert all((x < floor).any() and (x >= floor).any() for x in (q, p))
+    expected = floored_jsd(q, p, beta, floor)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-13)
+    weight, leaves = torch.rand_like(ours), (student, teacher, *scales)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, weight) for y in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-13)
+
+
+@by_backend
+@pytest.mark.parametrize("kind", KINDS[:-1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_rows_have_0_under_a_floor(dtype, kind, backend):
+    """And gradient 0 where the kind's slope is 0 for equal probabilities."""
+    x = (torch.randn(2, 3, 3000) * 3).to(dtype)
+    x[0, 0, ::3] = float("-inf")
+    pairs = torch.arange(3000)[:, None].expand(3000, 2)
+    for column_pairs in (None, pairs):
+        student, teacher = x.clone().requires_grad_(), x.clone().requires_grad_()
+        scale = -torch.ones(2, 3) / 3
+        sides = Logits(student, log_scale=scale), Logits(teacher, log_scale=scale)
+        loss = row_divergence(*sides, kind=kind, floor=1e-4, column_pairs=column_pairs, backend=backend)
+        loss.sum().backward()
+        assert (loss == 0).all()
+        if kind in ("jsd", "total_variation"):
+            assert (student.grad == 0).all()
+            assert (teacher.grad == 0).all()
+
+
+@by_backend
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_a_floor_hides_no_nan_and_makes_what_one_side_lacks_finite(kind, backend):
+    student, teacher = pair(1, 3, 9)
+    student[0, 0, 4] = float("nan")
+    student[0, 1, 4], teacher[0, 1, 5] = float("-inf"), float("-inf")
+    for column_pairs in (None, torch.arange(9)[:, None].expand(9, 2)):
+        loss = row_divergence(student, teacher, kind=kind, floor=0.9, column_pairs=column_pairs, backend=backend)[0]
+        assert loss[0].isnan()
+        assert loss[1:].isfinite().all()
+    for bad in ([9, 0], [0, -1]):
+        loss = row_divergence(teacher, teacher, kind=kind, floor=0.9, column_pairs=torch.tensor([bad]), backend=backend)
+        assert loss.isnan().all()
+
+
 @by_backend
 @by_kind
 def test_pairs_are_a_gather_of_columns(kind, backend):
@@ -270,6 +347,10 @@ def test_sides_of_two_dtypes(dtypes, kind, backend):
         ({"interpolation": 0.0}, "interpolation must be above 0"),
         ({"interpolation": 0.5, "kind": "jsd"}, "interpolation below 1 needs kind='forward_kl', got 'jsd'"),
         ({"interpolation": 0.5, "column_pairs": torch.zeros(1, 2, dtype=torch.int64)}, "leave column_pairs out"),
+        ({"floor": 1.0}, "floor must be below 1, got 1"),
+        ({"floor": -1e-8}, "floor must be at least 0, got -1e-08"),
+        ({"floor": 1e-8, "kind": "adaptive_kl"}, "another kind than 'adaptive_kl', got 1e-08; leave it out, or take"),
+        ({"floor": 1e-8, "interpolation": 0.5}, "an interpolation of 1, got 1e-08 and 0.5; leave one of them out"),
         ({"column_pairs": torch.zeros(1, 3, dtype=torch.int64)}, r"column_pairs must be \[P, 2\].*got \(1, 3\)"),
     ],
 )

@@ -177,7 +177,7 @@ def diverging(kind: str, at_pairs: bool = False, **options: Any) -> Callable[[Lo
         pairs = torch.zeros(1000, 2, dtype=torch.int64) if at_pairs else None
         return row_divergence(logits, teacher, kind=kind, column_pairs=pairs, backend="triton", **options)
 
-    call.__name__ = f"diverged_{kind}" + "_at_pairs" * at_pairs + "_mixed" * bool(options)
+    call.__name__ = f"diverged_{kind}" + "_at_pairs" * at_pairs + "".join(f"_{name}" for name in options)
     return call
 
 
@@ -186,8 +186,9 @@ CALLS = (entropy, token, top, ranked, ranked_each_row, gathered, matched)
 DIVERGED = diverging("jsd")
 PAIRED = [compared, DIVERGED]
 ALL_PAIRED = [compared_stably, diverging("adaptive_kl", at_pairs=True), diverging("forward_kl", interpolation=0.5)]
+FLOORED = [diverging("jsd", at_pairs=True, floor=1e-8), diverging("skew_kl", floor=1e-8)]
 if FULL:
-    PAIRED += ALL_PAIRED
+    PAIRED += ALL_PAIRED + FLOORED
     PAIRED += [diverging(kind) for kind in KINDS if kind != "jsd"]
     PAIRED += [diverging(kind, at_pairs=True) for kind in KINDS if kind != "adaptive_kl"]
 

@@ -26,7 +26,9 @@ ALL = "fidelity or gradcheck or nan_shows or not_read or determinism or batch or
 FEWER = {
     "row_entropy": f"opcheck or ({QUICK})",
     "sorted_l1": "fidelity and (tiles and (float32 or bfloat16) or float32 and every and both)",
-    "row_divergence": "fidelity and (float32 and (scales or chosen and interpolated) or bfloat16 and every)",
+    "row_divergence": (
+        "fidelity and (float32 and (scales or floor and jsd or chosen and interpolated) or bfloat16 and every)"
+    ),
 }
 
 # What `tune` does, but for the clock: every candidate of every kernel gives the default's results.
