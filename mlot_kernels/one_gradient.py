@@ -64,13 +64,16 @@ class _TokenLogProbability(torch.autograd.Function):
         values, index, column_mask, log_scale, tokens, ctx.temperature, _, ctx.vocab_size, ctx.backend = inputs
         assert log_scale is None
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for every scalar that is saved
         ctx.save_for_backward(values, index, column_mask, tokens, *output[2:])
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: tuple[Any, ...], gradient: Tensor, grad: Tensor, *_: Tensor
+        ctx: Any, saved: tuple[Any, ...], gradient: Tensor | None, grad: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return gradient, *(None,) * 8
         values, index, column_mask, tokens, *scalars = saved
 
         def part(own: Tensor, rows: Tensor, of: Sequence[Tensor]) -> Tensor:
@@ -91,15 +94,18 @@ class _SortedL1(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for every scalar that is saved
         ctx.save_for_backward(*inputs[:4], *inputs[7:11], *output[2:])
         ctx.student_options, ctx.teacher_options, ctx.options = inputs[4:7], inputs[11:14], inputs[14:]
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: tuple[Any, ...], gradient: Tensor, grad: Tensor, *_: Tensor
+        ctx: Any, saved: tuple[Any, ...], gradient: Tensor | None, grad: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         values, index, column_mask, log_scale, teacher_values, teacher_index, teacher_mask, teacher_scale = saved[:8]
+        if grad is None:
+            return gradient, *(None,) * 17
         *options, backend = ctx.options
         by_scale = None if log_scale is None else torch.zeros_like(log_scale)
 
@@ -135,13 +141,13 @@ class _SortedL1(torch.autograd.Function):
 
 
 def _add_by_parts(
-    gradient: Tensor,
+    gradient: Tensor | None,
     values: Tensor,
     index: Tensor,
     of_rows: Sequence[Tensor],
     backward: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
 ) -> Tensor:
-    """``gradient`` ``[B, T, V]`` plus that of one more operator, in place.
+    """``gradient`` ``[B, T, V]``, None for 0, plus that of one more operator, in place.
 
     Args:
         index: ``[B, A]``, that operator's rows; no position stands twice.
@@ -149,7 +155,8 @@ def _add_by_parts(
         backward: a part's gradient, from the part of ``values``, the index ``[B, H]`` of its rows, ``of_rows`` there.
     """
     (B, A), T = index.shape, values.shape[1]
-    gradient = gradient.detach()  # without what autograd knows of it as a view
+    # Without what autograd knows of it as a view.
+    gradient = torch.zeros_like(values) if gradient is None else gradient.detach()
     if A == 0 or T == 0:
         return gradient
     slots = torch.arange(A, device=index.device).expand(B, A)
