@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlot_kernels.logits import Logits, log_probabilities, prepare
+from mlot_kernels.logits import Logits, counted_rows, log_probabilities, prepare, row_statistics
 from mlot_kernels.rows import Rows
 
 MOST_COLUMNS = 64  # what an example keeps of a row, and a few scalars
@@ -249,7 +249,12 @@ def sides_case(
     def scale(inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, ...]:
         scales: list[Tensor | float] = []
         for z in with_inputs(tuple(x.double() for x in inputs)):
-            largest = log_probabilities(*prepare(z).side).exp().amax(-1)  # [B, A]
+            side = prepare(z).side
+            largest = log_probabilities(*side).exp().amax(-1)  # [B, A]
+            # By the values themselves it is larger where they are divided by less than 1.
+            rows = counted_rows(side.values, side.row_index)[..., : side.vocab_size]
+            divisor = side.temperature * row_statistics(rows, side.standardize).scale
+            largest = largest / divisor.clamp(max=1)
             shape = z.values.shape[:-1]
             scales.append(largest.reshape(shape) if largest.numel() == z.values[..., 0].numel() else 1.0)
             scales += [] if z.log_scale is None else [1.0]

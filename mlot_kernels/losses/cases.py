@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlot_kernels.alignment import align_byte_offsets
 from mlot_kernels.cases import Case, Outputs
 from mlot_kernels.losses import (
     DivergenceLoss,
+    HybridLoss,
     MultiLevelOTLoss,
     OfficialMultiLevelOTLoss,
     RankingLoss,
     SequenceTransportLoss,
     ULDLoss,
 )
+from mlot_kernels.merging import STRATEGIES, MergedRows, merge_groups
 from mlot_kernels.ops.row_divergence.reference import KINDS
 
 Loss = Callable[..., nn.Module]  # takes the loss's options and ``backend``
@@ -61,6 +64,21 @@ class _Inputs:
     def lengths(self, *values: int) -> Tensor:
         return torch.tensor(values, device=self.device)
 
+    def alignment(self, strategy: str, student_size: int, teacher_size: int) -> MergedRows:
+        """Of two sequences of 7 and 9 tokens: groups of one to three."""
+        ends = (
+            [[0, 2, 3, 5, 6, 8, 9], [0, 0, 1, 4, 6, 7, 9]],
+            [[0, 1, 2, 3, 4, 5, 7, 8, 9], [0, 1, 2, 4, 5, 6, 9, 9, 9]],
+        )
+        masks = self.labels(".xxxxxx", "..xxxxx"), self.labels(".xxxxxxxx", ".xxxxxx..")
+        offsets = [torch.tensor(side, device=self.device)[..., None].expand(-1, -1, 2) for side in ends]
+        ids = [
+            torch.randint(size, (2, width), generator=self.generator).to(self.device)
+            for size, width in ((student_size, 7), (teacher_size, 9))
+        ]
+        made = align_byte_offsets(offsets[0], offsets[1], *(mask != -100 for mask in masks))
+        return merge_groups(made, *ids, strategy=strategy)
+
     def weight(self, *shape: int) -> Tensor:
         """Float32 for every dtype, as a trainer passes it."""
         return torch.rand(*shape, generator=self.generator).to(self.device)
@@ -96,6 +114,7 @@ def _multi_level_ot(draw: _Inputs) -> Iterator[Case]:
     yield case("unequal numbers of spans", student, teacher, *unequal, reduction="none", smooth=False, **few)
     yield case("greedy matching", student, teacher, *ragged, matching="greedy", **few)
     yield case("optimal matching", student, teacher, *ragged, matching="optimal", waits=True, **few)
+    yield case("merged rows", student, teacher, alignment=draw.alignment("observed", 61, 83), **_MERGED, **few)
 
 
 def _official_multi_level_ot(draw: _Inputs) -> Iterator[Case]:
@@ -137,6 +156,27 @@ def _uld(draw: _Inputs) -> Iterator[Case]:
     yield case("padded vocabularies", student, teacher, *ragged, student_vocab_size=31, teacher_vocab_size=20)
     unequal = draw.labels("..xxxx.", ".xx..xx"), draw.labels("...xxxxxx", "...xxxxxx")
     yield case("unequal numbers of spans", student, teacher, *unequal, reduction="none", smooth=False)
+    yield case("merged rows", student, teacher, alignment=draw.alignment("bayesian", 37, 29), **_MERGED)
+
+
+def _hybrid(draw: _Inputs) -> Iterator[Case]:
+    student, teacher = draw.randn(2, 7, 37), draw.randn(2, 9, 29)
+    ragged = draw.labels("..xxxx.", ".xx..xx"), draw.labels("...xxxxxx", ".x...xxxx")
+    pairs = torch.stack((torch.arange(0, 36, 2), torch.arange(18)), 1).to(student.device)
+
+    def case(name: str, *arguments: Any, **options: Any) -> Case:
+        settings: dict[str, Any] = {"column_pairs": pairs, "roundings": 4} | options
+        return _case(name, HybridLoss, *arguments, **settings)
+
+    yield case("by position", student, teacher, *ragged)
+    yield case("teacher held fixed", student, teacher, *ragged, teacher_fixed=True, beta=0.2)
+    yield case("token weights", student, teacher, *ragged, token_weight=draw.weight(2, 7), beta=1.0)
+    options: dict[str, Any] = {"student_temperature": 2.0, "matched_weight": 0.9, "unmatched_weight": 0.4}
+    yield case("temperature and weights", student, teacher, *ragged, beta=0.0, reduction="none", **options)
+    for strategy in STRATEGIES:
+        yield case(strategy, student, teacher, alignment=draw.alignment(strategy, 37, 29), teacher_fixed=True)
+    every = torch.arange(29).repeat(2, 1).T.contiguous().to(student.device)
+    yield case("all of the teacher's columns", student, teacher, *ragged, column_pairs=every)
 
 
 def _divergence(draw: _Inputs) -> Iterator[Case]:
@@ -199,8 +239,11 @@ def _sequence_transport(draw: _Inputs) -> Iterator[Case]:
     yield case("scaling", *lengths, domain="scaling", epsilon=0.5, iterations=10)
 
 
+_MERGED: dict[str, Any] = {"roundings": 3}  # two gradients, and their sum
+
 _CASES: dict[str, Callable[[_Inputs], Iterator[Case]]] = {
     "DivergenceLoss": _divergence,
+    "HybridLoss": _hybrid,
     "MultiLevelOTLoss": _multi_level_ot,
     "OfficialMultiLevelOTLoss": _official_multi_level_ot,
     "RankingLoss": _ranking,
@@ -216,6 +259,7 @@ def _case(
     first: Tensor,
     second: Tensor,
     *which: Tensor,
+    alignment: MergedRows | None = None,
     teacher_fixed: bool = False,
     token_weight: Tensor | None = None,
     num_items_in_batch: float | None = None,
@@ -230,6 +274,7 @@ def _case(
 
     Args:
         which: labels or lengths of both sides.
+        alignment: instead of them, for a loss that takes one.
         condition, scale, smooth, waits, roundings: as the attributes of ``Case``; ``scale`` is that of every gradient.
         options: of the loss.
     """
@@ -238,7 +283,8 @@ def _case(
     def call(inputs: tuple[Tensor, ...], backend: str | None) -> Outputs:
         sides = inputs if not teacher_fixed else (inputs[0], second.to(inputs[0].dtype))
         module = loss(**options, backend=backend)
-        return (module(*sides, *which, token_weight=token_weight, num_items_in_batch=num_items_in_batch),)
+        groups = {} if alignment is None else {"alignment": alignment}
+        return (module(*sides, *which, token_weight=token_weight, num_items_in_batch=num_items_in_batch, **groups),)
 
     each = int(options.get("reduction") == "none")
     rows = 2 * each if loss in (DivergenceLoss, RankingLoss) else each  # their losses are rows'
