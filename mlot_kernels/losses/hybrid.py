@@ -99,7 +99,14 @@ def hybrid_loss(
     )
     check_reduction(reduction, num_items_in_batch)
     pairs = rows_to_compare(
-        student_logits, teacher_logits, student_labels, teacher_labels, shift, alignment, token_weight
+        student_logits,
+        teacher_logits,
+        student_labels,
+        teacher_labels,
+        shift,
+        alignment,
+        token_weight,
+        dense_because="HybridLoss reads the teacher's rows in two ways",
     )
     checks.same_device(student_logits=student_logits, column_pairs=column_pairs)
     V_s = vocabulary("student_vocab_size", student_vocab_size, student_logits)

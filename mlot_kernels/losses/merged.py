@@ -31,10 +31,15 @@ def rows_to_compare(
     shift: int,
     alignment: Any,
     token_weight: Any,
+    dense_because: str = "",
 ) -> Pairing:
-    """Check a loss's inputs; the rows that it compares one by one, from labels or from an alignment."""
+    """Check a loss's inputs; the rows that it compares one by one, from labels or from an alignment.
+
+    Args:
+        dense_because: as of ``two_sides``, where there is no alignment.
+    """
     if alignment is None:
-        two_sides(student_logits, teacher, token_weight)
+        two_sides(student_logits, teacher, token_weight, dense_because=dense_because)
         return paired_rows(student_logits, teacher, student_labels, teacher_labels, shift)
     two_sides(student_logits, teacher, token_weight, dense_because=NEEDS_LOGITS)
     assert isinstance(teacher, Tensor)

@@ -8,6 +8,7 @@ from mlot_kernels import (
     TeacherHidden,
     TeacherTopK,
     divergence_loss,
+    hybrid_loss,
     multi_level_ot_loss,
     uld_loss,
 )
@@ -109,6 +110,13 @@ def test_the_published_loss_takes_logits_alone(form):
         official_multi_level_ot_loss(logits_of(B, T, V), form(), *LABELS)
     with pytest.raises(TypeError, match="must be a tensor, got Teacher"):
         MultiLevelOTLoss.official()(logits_of(B, T, V), form(), *LABELS)
+
+
+@pytest.mark.parametrize("form", [lambda: hidden_of()[0], lambda: top_k_of("uniform")[0]], ids=["hidden", "top-k"])
+def test_the_hybrid_loss_takes_logits_alone(form):
+    pairs = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"must be a tensor, got Teacher.* reads the teacher's rows in two ways"):
+        hybrid_loss(logits_of(B, T, V), form(), *LABELS, column_pairs=pairs)
 
 
 @pytest.mark.parametrize(
