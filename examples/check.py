@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def _measure(name: str, function: Callable[[Tensor], Tensor], logits: Tensor, re
         if on_gpu:
             torch.cuda.synchronize(logits.device)
         times.append(time.perf_counter() - start)
-    peak = _peak_bytes_gpu(function, logits) if on_gpu else _peak_bytes_cpu(function, logits)
+    peak = _peak_bytes_gpu(function, logits) if on_gpu else peak_bytes_cpu(lambda: _gradient(function, logits))[1]
     with torch.no_grad():
         value = float(function(logits))
     return Measured(name, value, 1e3 * statistics.median(times[1:]), peak / 2**20)
@@ -122,13 +123,14 @@ def _peak_bytes_gpu(function: Callable[[Tensor], Tensor], logits: Tensor) -> int
     return torch.cuda.max_memory_allocated(logits.device) - before
 
 
-def _peak_bytes_cpu(function: Callable[[Tensor], Tensor], logits: Tensor) -> int:
-    """The highest running sum of what PyTorch's allocator reports to the profiler, C++ kernels included."""
+def peak_bytes_cpu(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What ``call`` returns, and the highest running sum of what PyTorch's allocator reports to the profiler meanwhile,
+    C++ kernels included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _gradient(function, logits)
+        made = call()
     events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return made, peak

@@ -16,10 +16,10 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # a warning that its interfaces ma
 
 from trl.experimental.gold import GOLDConfig, gold_trainer
 
+from examples.trl_models import paragraphs, trained
 from mlot_kernels import DivergenceLoss, HybridLoss, MultiLevelOTLoss, RankingLoss, ULDLoss, byte_offsets
 from mlot_kernels.integrations.trl import GoldLoss
 from tests import gold
-from tests.integrations.tokenizers import paragraphs, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
