@@ -23,7 +23,7 @@ from mlot_kernels.losses.common import (
     weighted,
 )
 from mlot_kernels.losses.divergence import divergences
-from mlot_kernels.losses.entries import entries
+from mlot_kernels.losses.entries import entries_and_values
 from mlot_kernels.losses.teacher_ranks import top_of_teacher
 from mlot_kernels.ops.row_divergence.reference import KINDS
 from mlot_kernels.ops.soft_rank import soft_rank
@@ -122,7 +122,7 @@ def ranking_loss(
             "vocabularies, such as ULDLoss or MultiLevelOTLoss"
         )
     pairs = paired_rows(student_logits, teacher_logits, student_labels, teacher_labels, shift)
-    ranks = _ranks(student_logits, teacher_logits, pairs, V, min(k, V), space, dedup, epsilon, backend)
+    ranks, student_logits = _ranks(student_logits, teacher_logits, pairs, V, min(k, V), space, dedup, epsilon, backend)
     each = _one_less_correlation(ranks)  # [B, A]
     loss = ranking_weight * each
     added = torch.zeros_like(each)
@@ -167,7 +167,8 @@ def _ranks(
     dedup: str,
     epsilon: float,
     backend: str | None,
-) -> _Ranks:
+) -> tuple[_Ranks, Tensor]:
+    """And the student's logits to read from here on, whose gradients meet in one tensor."""
     rows, last = pairs.student, student_logits.shape[2] - 1
     student = Logits(student_logits, rows, vocab_size=vocab_size)
     # What is chosen is a constant, and the normaliser is one where it is not used.
@@ -178,7 +179,8 @@ def _ranks(
     union = torch.cat((top.columns, own_columns), -1)  # [B, A, 2 k]
     same = (own_columns[..., None] == top.columns[..., None, :]).to(torch.uint8)  # [B, A, k, k]
     twice = (same.amax(-1) > 0) & rows.counted[..., None]  # [B, A, k]
-    z_s, z_t = entries(student_logits, rows.index, union.clamp(0, last)), top.values
+    z_s, rest = entries_and_values(student_logits, rows.index, union.clamp(0, last))
+    z_t = top.values
     if dedup == "official":  # by one of its two entries, so that its gradient is added up before it is rounded
         z_s = torch.cat((z_s[..., :k], torch.where(twice, z_s.gather(-1, same.argmax(-1)), z_s[..., k:])), -1)
 
@@ -200,7 +202,7 @@ def _ranks(
         middles = [((length + 1) / 2)[..., None]] * 2
     consistent = (own_columns == top.columns).all(-1)
     centred = [(rank - middle).masked_fill(~counts, 0) for rank, middle in zip(ranks, middles, strict=True)]
-    return _Ranks(
+    made = _Ranks(
         centred[0],
         centred[1],
         _flat(ranks[0], counts) | _flat(ranks[1], counts),
@@ -208,6 +210,7 @@ def _ranks(
         consistent.to(z_s.dtype),
         twice.sum(-1).to(z_s.dtype) / k,
     )
+    return made, rest
 
 
 def _one_less_correlation(ranks: _Ranks) -> Tensor:

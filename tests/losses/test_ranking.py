@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlot_kernels import RankingLoss, TeacherHidden, TeacherTopK, divergence_loss, ranking_loss
 from mlot_kernels.ops.row_divergence.reference import KINDS
-from tests.dispatch_modes import NoHostSync
+from tests.dispatch_modes import Allocations, NoHostSync
 from tests.losses.examples import labels_of, logits_of, value_and_gradient
 
 B, T, V = 2, 9, 40
@@ -300,3 +300,13 @@ def test_composes_with_compile_func_and_checkpoint():
         torch.testing.assert_close(other, gradient, msg=way)
     with NoHostSync():
         loss(student.requires_grad_(), teacher, *LABELS).backward()
+
+
+@pytest.mark.parametrize("base", [None, "forward_kl"])
+def test_gradients_meet_in_one_tensor(base):
+    student, teacher = logits_of(2, 40, 3000).requires_grad_(), logits_of(2, 40, 3000)
+    value = ranking_loss(student, teacher, base=base)
+    with Allocations() as mode:
+        value.backward()
+    gradient = student.numel() * 4
+    assert gradient <= mode.peak < 1.2 * gradient
