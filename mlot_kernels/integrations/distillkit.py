@@ -1,4 +1,4 @@
-"""Losses for arcee-ai's DistillKit (``distillkit.lossfuncs``, read at commits a61c2e7, 83a812b and b8ed189).
+"""Losses for arcee-ai's DistillKit (``distillkit.lossfuncs``, docs/recipes/README.md says what was read).
 
 Two ways in::
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +288,33 @@ def test_bad_input_is_named():
         loss(arguments[0][None], *arguments[1:])
     with pytest.raises(TypeError, match=r"true_labels must be one of torch\.int64"):
         loss(*arguments[:4], arguments[4].float(), *arguments[5:])
+
+
+def test_two_tokenizers_as_the_documentation_has_it():
+    page = Path(__file__).parents[2] / "docs" / "recipes" / "README.md"
+    code = re.search(r"## Liger, with two tokenizers.*?```python\n(.*?)```", page.read_text(), re.DOTALL).group(1)
+    torch.manual_seed(0)
+    labels = (
+        torch.tensor([[-100, -100, 3, 4, 5, -100], [-100, 1, 2, 3, 4, 5]]),
+        torch.tensor([[-100, 7, 8, 9, 9], [-100, -100, 1, 2, -100]]),
+    )
+    names = {
+        "student_labels": labels[0],
+        "teacher_labels": labels[1],
+        "student_hidden": torch.randn(2, 6, 8, requires_grad=True),
+        "teacher_hidden": torch.randn(2, 5, 12),
+        "student_head": torch.nn.Linear(8, 30, bias=False),
+        "teacher_head": torch.nn.Linear(12, 44, bias=False),
+    }
+    exec(code, names)
+    names["loss"].backward()
+    student, teacher = (names[f"{side}_head"](names[f"{side}_hidden"]) for side in ("student", "teacher"))
+    of_sequences = uld_loss(student, teacher, *labels, reduction="none")
+    count = torch.tensor([3, 2])  # pairs of rows; an answer's rest has no partner
+    crossentropy = functional.cross_entropy(torch.cat((student[0, 1:4], student[1, :2])), torch.tensor([3, 4, 5, 1, 2]))
+    soft = (of_sequences * count).sum() / count.sum()
+    torch.testing.assert_close(names["loss"], 0.5 * crossentropy + 0.5 * soft)
+    assert names["student_hidden"].grad.isfinite().all()
 
 
 def test_it_shows_its_options():
