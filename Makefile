@@ -9,6 +9,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+TRL := "trl==1.16.0" "accelerate>=1.15" "datasets>=5" "transformers>=5"
+
 # The oldest Triton that is supported, whose interpreter needs a NumPy before 2.4.
 OLDEST_TRITON ?= triton==3.6.0 "numpy>=1.26,<2.4"
 OLDEST_VENV   := .venv-triton-3.6
@@ -30,7 +32,7 @@ PARALLEL := -n auto --dist worksteal
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-full: $(STAMP)
+test-full: $(VENV)/.integrations
 	MLOT_TEST_FULL=1 $(BIN)/python -m pytest $(PARALLEL)
 	MLOT_TEST_FULL=1 $(MAKE) test-triton-3.6
 
@@ -102,6 +104,12 @@ $(VENV)/.wheels: $(VENV)/.torch
 
 $(VENV)/.bench: $(STAMP)
 	MLOT_PROBE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[bench]"
+	touch $@
+
+# What the adapters are tested against. Liger itself, but not what it asks for: torch and Triton are there.
+$(VENV)/.integrations: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TRL)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps liger-kernel==0.8.5
 	touch $@
 
 clean:

@@ -28,7 +28,7 @@ from mlot_kernels.rows import Rows
 try:
     from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
 except ImportError as error:
-    raise ImportError("this integration needs Liger: pip install liger-kernel") from error
+    raise ImportError("this integration needs Liger: pip install 'mlot-kernels[liger]'") from error
 
 ChunkLoss = Callable[[Tensor, Tensor, Rows], Tensor]
 

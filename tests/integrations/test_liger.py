@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-pytest.importorskip("liger_kernel", reason="what these tests run in is Liger itself: pip install liger-kernel")
+pytest.importorskip("liger_kernel", reason="what these tests run in is Liger itself: pip install -e '.[liger]'")
 
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase

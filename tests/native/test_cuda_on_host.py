@@ -75,6 +75,19 @@ def test_operators_on_the_host(operator, threads, cluster, order):
     assert "skipped" not in done.stdout, done.stdout[-500:]
 
 
+def test_losses_on_the_host():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.losses.on_backend", "cuda", *(["--full"] if FULL else [])],
+        env=environment(64, 8, SHUFFLED),
+        cwd=on_host.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases agree" in done.stdout
+
+
 def test_a_kernel_without_a_barrier_fails(tmp_path):
     """Of row_entropy: between what each warp leaves in shared memory and the first warp's reading it."""
     on_host.build()

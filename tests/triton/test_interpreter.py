@@ -73,6 +73,12 @@ OWN = {
 }
 
 
+def test_losses_in_the_interpreter():
+    done = interpreted("-m", "tests.losses.on_backend", "triton", *(["--full"] if FULL else []))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases agree" in done.stdout
+
+
 @pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "triton" in op.forward])
 def test_operators_in_the_interpreter(operator):
     run_tests("tests/test_contract.py", f"{operator}-triton and ({ALL if FULL else FEWER.get(operator, QUICK)})")
