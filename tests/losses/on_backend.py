@@ -1,4 +1,4 @@
-"""``python -m tests.losses.on_backend BACKEND [--full]``: losses whose operators' gradients meet, against ``reference``.
+"""``python -m tests.losses.on_backend BACKEND [--full]``: losses whose gradients meet, against ``reference``.
 
 For processes in which a GPU's kernels run on a CPU; the tests of either kind of kernels start it.
 """
