@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class Alignment:
     student_tokens: Rows
     teacher_tokens: Rows
     coverage: Tensor
+
+    def to(self, device: torch.device | str) -> Alignment:
+        """The same groups on another device: a collator may align on the CPU."""
+        return Alignment(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def align_byte_offsets(

@@ -28,6 +28,10 @@ class Factors:
     tokens: Tensor
     group: Tensor
 
+    def to(self, device: torch.device | str) -> Factors:
+        """The same on another device."""
+        return Factors(self.rows.to(device), self.tokens.to(device), self.group.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class MergedRows:
@@ -43,6 +47,11 @@ class MergedRows:
     student: Factors | None
     teacher: Factors | None
     coverage: Tensor
+
+    def to(self, device: torch.device | str) -> MergedRows:
+        """The same on another device: a collator may align on the CPU."""
+        student, teacher = (None if side is None else side.to(device) for side in (self.student, self.teacher))
+        return MergedRows(self.pairs.to(device), student, teacher, self.coverage.to(device))
 
 
 def merge_groups(

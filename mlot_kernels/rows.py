@@ -157,6 +157,11 @@ class Pairing(NamedTuple):
     teacher_slot: Tensor
     mismatched: Tensor
 
+    def to(self, device: torch.device | str) -> Pairing:
+        """The same rows on another device."""
+        slots = self.student_slot.to(device), self.teacher_slot.to(device)
+        return Pairing(self.student.to(device), self.teacher.to(device), *slots, self.mismatched.to(device))
+
 
 def pair(student_rows: Rows, teacher_rows: Rows, *, check: bool = False) -> Pairing:
     """Match row i of span r on one side with row i of span r on the other, up to the end of the shorter span.

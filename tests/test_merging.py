@@ -67,6 +67,19 @@ def test_sides_without_positions(T_s, T_t):
     assert merged.pairs.student.count.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_they_move_to_another_device(strategy):
+    batch = gold.batch(1)
+    groups = aligned(batch)
+    merged = merge_groups(groups, batch.student_ids, batch.teacher_ids, strategy=strategy)
+    moved = merged.to("meta")
+    tensors = [moved.coverage, moved.pairs.student.index, moved.pairs.mismatched, groups.to("meta").student_first]
+    tensors += [] if strategy == "first" else [moved.student.tokens, moved.teacher.rows.index]
+    assert all(x.is_meta for x in tensors)
+    assert (moved.student is None) == (strategy == "first")
+    assert torch.equal(merged.to("cpu").pairs.teacher.index, merged.pairs.teacher.index)
+
+
 BATCH = gold.batch(0)
 ALIGNMENT = aligned(BATCH)
 

@@ -18,15 +18,24 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Loss(nn.Module):
-    """A loss function with its options, as a module."""
+    """A loss function with its options, as a module; options that are tensors move with it (``.to(device)``)."""
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         super().__init__()
         self.function = function
-        self.options = options
+        self._options = options
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the function is called with."""
+        return self._options | dict(self.named_buffers(recurse=False))
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = ((name, tuple(x.shape) if isinstance(x, Tensor) else repr(x)) for name, x in self.options.items())
+        return ", ".join(f"{name}={value}" for name, value in shown)
 
 
 class LogitsLoss(Loss):

@@ -98,7 +98,10 @@ def test_lower_precisions_are_computed_in_float32(dtype):
 def test_composes(aligns):
     batch = gold.batch(4, dtype=torch.float32)
     loss = HybridLoss(batch.column_pairs, beta=0.3)
-    assert "beta=0.3" in repr(loss)
+    assert "column_pairs=(60, 2), beta=0.3" in repr(loss)
+    assert loss.to("meta").options["column_pairs"].is_meta
+    loss = HybridLoss(batch.column_pairs, beta=0.3)
+    assert not loss.state_dict()
     labels = () if aligns else (batch.student_labels, batch.teacher_labels)
     options = {"alignment": merged(batch) if aligns else None, "token_weight": torch.rand(batch.student.shape[:2])}
     expected = value_and_gradient(loss, *batch[:2], *labels, **options)
