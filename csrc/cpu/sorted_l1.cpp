@@ -133,19 +133,21 @@ void backward_row(const SortedL1Backward& call, int64_t slot, std::optional<Orde
   };
   Steps<A> saved_steps;
   if (saved_steps.load(static_cast<const A*>(saved.steps) + slot * 2 * kSavedSteps)) {
-    if (rows.column_mask) return by_column(saved_steps);
-    return gradient_by_steps(x, n, gradient, saved_steps, out);
+    gradient_by_steps(x, n, gradient, saved_steps, out);
+    if (rows.column_mask) leave_out(x, rows.column_mask, n, gradient, out);
+    return;
   }
   if (!scratch) scratch.emplace(call.sides);
   scratch->order(call, slot);
   const SideOrder<Own>& side = scratch->template side<kSide>();
-  if (rows.column_mask || side.steps.split) return by_column(side.steps);
+  if (side.steps.split) return by_column(side.steps);
   if constexpr (sizeof(Own) == 2) {
     gradient_by_value(x, n, gradient, side.runs.x, side.steps, scratch->template values<kSide>(),
                       scratch->template table<kSide>(), out);
   } else {
     gradient_by_bins(x, n, gradient, side.steps, scratch->template table<kSide>(), out);
   }
+  if (rows.column_mask) leave_out(x, rows.column_mask, n, gradient, out);
 }
 
 template <int kSide, class S, class T>

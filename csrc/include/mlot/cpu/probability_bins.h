@@ -65,6 +65,15 @@ static inline A upper_edge(int64_t bin, const BinScale<A>& scale) {
   return value_of<A>(above);
 }
 
+// All bits of the columns whose flag is set, for kWidth flags.
+template <class A>
+MLOT_INLINE VectorBits<A> columns_kept(const bool* flags) {
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth<A>)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, flags, sizeof(bytes));
+  return VectorBits<A>{} - __builtin_convertvector(bytes, VectorBits<A>);
+}
+
 // Tile i of a row, -inf at columns that the mask leaves out and behind the last one.
 template <class A>
 MLOT_INLINE const A* looked_at_tile(const A* x, const bool* mask, int64_t columns, int64_t i, A* pad) {
@@ -72,7 +81,14 @@ MLOT_INLINE const A* looked_at_tile(const A* x, const bool* mask, int64_t column
   if (!mask) return tile;
   mask += i * kTile;
   const int64_t n = std::min(kTile, columns - i * kTile);
-  for (int64_t j = 0; j < n; ++j) pad[j] = mask[j] ? tile[j] : A(-INFINITY);
+  // Without a branch, which half of all columns would mispredict where the mask has no order.
+  bool looked_at[kTile] = {};
+  __builtin_memcpy(looked_at, mask, n);
+  for (int64_t j = 0; j < kTile; j += kWidth<A>) {
+    const Vector<A> v = load(tile + j);
+    const Vector<A> kept = columns_kept<A>(looked_at + j) ? v : all(A(-INFINITY));
+    __builtin_memcpy(pad + j, &kept, sizeof(kept));
+  }
   return pad;
 }
 

@@ -115,6 +115,28 @@ static inline void gradient_by_bins(const A* x, int64_t n, const SignedGradient<
   std::copy(pad, pad + (n - j), out + j);
 }
 
+// Gives columns that the mask leaves out the gradient of a column without a sign, in place of what `out` has there.
+template <class T, class A = Accumulator<T>>
+static inline void leave_out(const T* x, const bool* mask, int64_t n, const SignedGradient<A>& g, T* out) {
+  constexpr int64_t kBlock = 1024;
+  Steps<A> no_sign;
+  no_sign.add(A(0), A(0), [] { return A(0); });
+  T pad[kBlock];
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t count = std::min(kBlock, n - start);
+    gradient_by_steps(x + start, count, g, no_sign, pad);
+    // Without a branch, which half of all columns would mispredict where the mask has no order.
+    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, UnsignedKey<A>>;
+    const uint8_t* looked_at = reinterpret_cast<const uint8_t*>(mask) + start;
+    T* own = out + start;
+    for (int64_t j = 0; j < count; ++j) {
+      const Bits kept = Bits(0) - Bits(looked_at[j]);
+      own[j] =
+          std::bit_cast<T>(Bits((std::bit_cast<Bits>(own[j]) & kept) | (std::bit_cast<Bits>(pad[j]) & Bits(~kept))));
+    }
+  }
+}
+
 // The same for signs that `sign_of`, called for every column in order, gives one by one.
 template <class T, class SignOf, class A = Accumulator<T>>
 static inline void gradient_by_column(const T* x, int64_t n, const SignedGradient<A>& g, const SignOf& sign_of,
@@ -141,8 +163,9 @@ static inline void gradient_by_column(const T* x, int64_t n, const SignedGradien
   }
 }
 
-// The same for a 16-bit row with no mask, whose distinct logits in descending order are `distinct`, and whose signs are
-// any number of steps, none split: a table from each of 65,536 codes to its gradient, one read and one write a column.
+// The same for a 16-bit row whose distinct logits in descending order are `distinct`, those of columns that the mask
+// leaves out apart, and whose signs are any number of steps, none split: a table from each of 65,536 codes to its
+// gradient, one read and one write a column.
 template <class T>
 static inline void gradient_by_value(const T* x, int64_t n, const SignedGradient<float>& g, const Room<float>& distinct,
                                      const Steps<float>& steps, Room<T>& values, Room<T>& table, T* out) {
