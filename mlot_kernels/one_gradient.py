@@ -20,6 +20,7 @@ from mlot_kernels.registry import OPERATORS, once_differentiable
 from mlot_kernels.rows import Rows
 
 PARTS = 16  # of a gradient, one of which exists beside it
+PART_BYTES = 2**22  # of one on a CPU, which stays in a cache until it is added; an eighth of the gradient at most
 
 
 def token_log_probability_and_logits(logits: Logits, tokens: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -163,6 +164,8 @@ def _add_by_parts(
     slot = index.new_full((B, T + 1), -1).scatter(1, index.masked_fill(index < 0, T), slots)[:, :T]  # of each position
     may_ask = index.device.type == "cpu"  # elsewhere to ask is to wait
     height = -(-T // PARTS)
+    if may_ask:
+        height = max(1, min(-(-2 * T // PARTS), PART_BYTES // (B * values.shape[2] * values.element_size())))
     for start in range(0, T, height):
         part = slice(start, min(T, start + height))
         there = slot[:, part] >= 0
