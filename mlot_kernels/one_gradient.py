@@ -20,7 +20,7 @@ from mlot_kernels.registry import OPERATORS, once_differentiable
 from mlot_kernels.rows import Rows
 
 PARTS = 16  # of a gradient, one of which exists beside it
-PART_BYTES = 2**22  # of one on a CPU, which stays in a cache until it is added; an eighth of the gradient at most
+PART_BYTES = 2**21  # of one on a CPU, which stays in a cache until it is added; an eighth of the gradient at most
 
 
 def token_log_probability_and_logits(logits: Logits, tokens: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
