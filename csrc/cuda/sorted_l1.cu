@@ -1,5 +1,5 @@
-// sorted_l1 on a GPU, forward: a cluster of blocks brings both rows of a pair into order, and finds every sign by
-// counting.
+// sorted_l1 on a GPU, forward: a cluster of blocks brings both rows of a pair into order, as far as signs need it, and
+// finds every sign by counting.
 #include "mlot/cuda/sorted_l1.h"
 
 #include "mlot/cuda/column_sums.h"
@@ -73,10 +73,55 @@ __global__ void __launch_bounds__(kPairThreads, 1) forward_by_counting(SortedL1F
   cluster_sync();  // nobody reads from a block that has ended
 }
 
-// Owns every so many-th pair of rows with a cluster: reads both once, sorts their keys in the cluster's own room, goes
-// down their runs of equal logits, and writes the loss and what backward needs of either side. One exp for each run.
+// In the place of the student's number of steps: what is open of this pair has no room, and nothing is written of it.
+constexpr double kLeft = -2;
+
+// Owns one pair of rows with a cluster: reads both twice, or three times, counts them in bins of log2 p in shared
+// memory, lists and sorts what is in bins that the counts give no sign, and writes the loss and what backward needs of
+// either side; or that the pair is left. Signs are those of forward_by_sorting; its sums are in another order, which
+// the rows' lengths fix, too. One exp for each logit.
 template <class S, class T>
-__global__ void __launch_bounds__(kPairThreads, 1) forward_by_sorting(SortedL1Forward call) {
+__global__ void __launch_bounds__(kPairThreads, 1) forward_by_bins(SortedL1Forward call, BinSizes sizes) {
+  using SA = Accumulator<S>;
+  using TA = Accumulator<T>;
+  MLOT_SHARED_MEMORY(unsigned char, shared);
+  const BinMemory memory(shared + kBinJoin, sizes);
+  const int64_t slot = cluster_number();
+  const S* student = row_of<S>(call.sides[0], slot);
+  const T* teacher = row_of<T>(call.sides[1], slot);
+  if (!student || !teacher) {
+    if (cluster_rank() == 0) write_no_pair<S, T>(call, slot, student || teacher);
+    return;
+  }
+  memory.clear();
+  using W = Loss<S, T>;
+  const SlotIndex<W> none{0, 0, sizes.bins, 0, memory.map};
+  BinnedRow<S, W> s{
+      nullptr,         0,          likelihood<void*, SA>(call.sides[0], call.saved[0], slot), none, memory.ranks[0],
+      memory.slots[0], memory.sums};
+  BinnedRow<T, W> t{nullptr,
+                    0,
+                    likelihood<void*, TA>(call.sides[1], call.saved[1], slot),
+                    none,
+                    memory.ranks[1],
+                    memory.slots[1],
+                    memory.sums + 1};
+  const int64_t longest = longer(call.sides[0], call.sides[1]);
+  const unsigned top_k = unsigned(call.options.top_k < longest ? call.options.top_k : longest);
+  const bool is_nan = s.law.poison != 0 || t.law.poison != 0;  // and so is all that is written, whatever the order
+  if (is_nan || bin_pair(student, teacher, call.sides, top_k, memory, s, t, shared)) {
+    write_pair(call, slot, s, t, shared);
+  } else if (cluster_rank() == 0 && threadIdx.x == 0) {
+    put<SA>(call.saved[0].steps, slot * 2 * kSavedSteps, kLeft);
+  }
+  cluster_sync();  // nobody reads from a block that has ended
+}
+
+// Owns every so many-th pair of rows with a cluster, or of those that are left: reads both once, sorts their keys in
+// the cluster's own room, goes down their runs of equal logits, and writes the loss and what backward needs of either
+// side. One exp for each run.
+template <class S, class T>
+__global__ void __launch_bounds__(kPairThreads, 1) forward_by_sorting(SortedL1Forward call, bool only_left) {
   using SA = Accumulator<S>;
   using TA = Accumulator<T>;
   MLOT_SHARED_MEMORY(unsigned char, shared);
@@ -84,6 +129,7 @@ __global__ void __launch_bounds__(kPairThreads, 1) forward_by_sorting(SortedL1Fo
   auto* const s_keys = of_room<DescendingKey<S>>(call.room, call.room.keys[0]);
   auto* const t_keys = of_room<DescendingKey<T>>(call.room, call.room.keys[1]);
   for (int64_t slot = cluster_number(); slot < slots_of(call.sides[0]); slot += clusters_of_grid()) {
+    if (only_left && at<SA>(call.saved[0].steps, slot * 2 * kSavedSteps) != SA(kLeft)) continue;
     const S* student = row_of<S>(call.sides[0], slot);
     const T* teacher = row_of<T>(call.sides[1], slot);
     if (!student || !teacher) {
@@ -121,7 +167,10 @@ void launch_forward(const SortedL1Forward& call, void* stream) {
       return launch(forward_by_counting<S, T>, counting_shape(call.sides[0]), stream, call);
     }
   }
-  launch(forward_by_sorting<S, T>, sorting_shape<Loss<S, T>>(call.sides[0], call.sides[1], call.room), stream, call);
+  const Binning binning = binning_of(call.sides[0], call.sides[1], sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));
+  if (binning.pays) launch(forward_by_bins<S, T>, binning.shape, stream, call, binning.sizes);
+  launch(forward_by_sorting<S, T>, sorting_shape<Loss<S, T>>(call.sides[0], call.sides[1], call.room), stream, call,
+         binning.pays);
 }
 
 SortRoom room_for(const LogitsRows (&sides)[2], const int64_t (&bytes)[2], bool with_columns) {

@@ -75,6 +75,30 @@ def test_operators_on_the_host(operator, threads, cluster, order):
     assert "skipped" not in done.stdout, done.stdout[-500:]
 
 
+@pytest.mark.parametrize(("threads", "cluster", "order"), SHAPES[:1] + SHAPES[-1:])
+def test_rows_in_few_bins_on_the_host(threads, cluster, order):
+    """The contract's short rows, which sorted_l1 sorts elsewhere, and what is hard for bins."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_contract.py",
+            "tests/ops/test_sorted_l1_binned.py",
+            f"-k=(sorted_l1-cuda and ({QUICK} or nan_shows)) or not test_contract",
+            "-pno:cacheprovider",
+            "-pno:xdist",
+            "--color=no",
+        ],
+        env=environment(threads, cluster, order) | {"MLOT_ON_HOST_BINS": "64"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert "skipped" not in done.stdout, done.stdout[-500:]
+
+
 def test_losses_on_the_host():
     done = subprocess.run(
         [sys.executable, "-m", "tests.losses.on_backend", "cuda", *(["--full"] if FULL else [])],

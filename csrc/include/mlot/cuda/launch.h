@@ -23,6 +23,8 @@ inline void check(cudaError_t error, const char* what) {
 
 inline unsigned threads_of_a_block(unsigned usual) { return usual; }
 
+inline unsigned bins_for_any_row() { return 0; }
+
 inline int of_device(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -58,7 +60,7 @@ void launch(void (*kernel)(P...), const Shape& shape, void* stream, const P&... 
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel of mlot_kernels was not launched");
 }
 
-#else  // MLOT_ON_HOST_THREADS, _CLUSTER, _SHARED (bytes) and _ORDER (0, 1, 2) choose what a test runs
+#else  // MLOT_ON_HOST_THREADS, _CLUSTER, _SHARED (bytes), _BINS and _ORDER (0, 1, 2) choose what a test runs
 
 inline unsigned from_environment(const char* name, unsigned otherwise) {
   const char* text = std::getenv(name);
@@ -66,6 +68,9 @@ inline unsigned from_environment(const char* name, unsigned otherwise) {
 }
 
 inline unsigned threads_of_a_block(unsigned) { return from_environment("MLOT_ON_HOST_THREADS", 64); }
+
+// Where it is not 0, rows of any length go into so many bins, and few logits fit into open ones (sorted_l1).
+inline unsigned bins_for_any_row() { return from_environment("MLOT_ON_HOST_BINS", 0); }
 
 inline unsigned most_in_a_cluster() { return from_environment("MLOT_ON_HOST_CLUSTER", 1); }
 

@@ -13,7 +13,7 @@ struct SortMemory {
   unsigned of_block[kDigits], before[kDigits];
 };
 
-inline unsigned sort_bytes(unsigned threads) {
+__host__ __device__ inline unsigned sort_bytes(unsigned threads) {
   return unsigned(sizeof(SortMemory)) + threads / kWarp * kDigits * unsigned(sizeof(unsigned));
 }
 

@@ -86,15 +86,32 @@ template <class A>
 constexpr unsigned kPairJoin = kJoin<SignChanges<A>>;
 static_assert(kPairJoin<float> >= kJoin<SignedSums> && kPairJoin<float> >= kJoin<Before>);
 
+// What a row in bins has beside its runs (sorted_l1_binned.h), and others have not: the probability of a run that is
+// not in sums already; these sums; where a step begins.
+template <class Row, class Run>
+__device__ inline double probability(const Row& row, const Run& run) {
+  return double(row.law.p(run.x));
+}
+template <class Row>
+__device__ inline double tail_in_sums(const Row&) {
+  return 0;
+}
+template <class Row>
+__device__ inline void add_sums(const Row&, int, SignedSums&) {}
+template <class Row, class Run, class A>
+__device__ inline A threshold(const Row&, const Run&, A last_x) {
+  return last_x;
+}
+
 // The sum of p from rank top_k on.
 template <class Row>
 __device__ inline double tail_of(const Row& row, int top_k, void* joins) {
   SignedSums mine;
   for_runs(row, [&](const auto& run) {
     const int inside = run.last - (run.first > top_k ? run.first : top_k);
-    if (inside > 0) mine.total += double(row.law.p(run.x)) * inside;
+    if (inside > 0) mine.total += probability(row, run) * inside;
   });
-  return over_cluster(mine, SignedSums::join, static_cast<SignedSums*>(joins)).total;
+  return over_cluster(mine, SignedSums::join, static_cast<SignedSums*>(joins)).total + tail_in_sums(row);
 }
 
 // What is asked of a pair of rows, of which the longer one has so many columns, with the sign of the tail for the side
@@ -109,8 +126,9 @@ __device__ inline Ranking ranking_of(const Own& own, const Other& other, const S
 }
 
 // Goes down one row's runs and writes its steps [kSavedSteps, 2]: a step's threshold is the last logit of the one
-// before. Where they are too many, or a stable order is asked for and a run's ranks have several signs, a negative
-// number in their place; where `poison` is NaN, one step of that sign. Returns the sums, which are NaN, too, then.
+// before, or a number above its own logits that is no larger. Where they are too many, or a stable order is asked for
+// and a run's ranks have several signs, a negative number in their place; where `poison` is NaN, one step of that sign.
+// Returns the sums, which are NaN, too, then.
 template <class Own, class Other, class A = typename Own::A>
 __device__ inline SignedSums compare_side(const Own& own, const Other& other, Ranking ranking, bool mean_over_ties,
                                           double poison, A* steps, void* joins) {
@@ -121,12 +139,12 @@ __device__ inline SignedSums compare_side(const Own& own, const Other& other, Ra
   Changes changes, before;
 #pragma unroll 1
   for (int walk = 0; walk < 2; ++walk) {  // sums first, then steps, if this thread has any
-    for_runs_met(own, other, [&](const Run<A>& run, Met met) {
+    for_runs_met(own, other, [&](const auto& run, Met met) {
       const Signs signs = signs_of(run.first, run.last, met, ranking);
       const A sign = mean_sign<A>(signs, run.first, run.last);
       const Changes one{sign, sign, run.x, 1, 0, signs.differ && !mean_over_ties};
       if (walk == 0) {
-        const double h = double(own.law.p(run.x)) * signs.total;
+        const double h = probability(own, run) * signs.total;
         sums.total += h;
         sums.moment += h * double(run.x - own.law.peak);
         changes = Changes::join(changes, one);
@@ -135,10 +153,14 @@ __device__ inline SignedSums compare_side(const Own& own, const Other& other, Ra
       const A last_x = before.last_x;
       const int step = before.changes;
       before = Changes::join(before, one);
-      if (before.changes > step) steps[2 * before.changes] = last_x, steps[2 * before.changes + 1] = sign;
+      if (before.changes > step) {
+        steps[2 * before.changes] = threshold(own, run, last_x);
+        steps[2 * before.changes + 1] = sign;
+      }
     });
     if (walk == 1) break;
     sums = over_cluster(sums, SignedSums::join, static_cast<SignedSums*>(joins));
+    add_sums(own, ranking.tail_sign, sums);
     const auto scanned = scan_over_cluster(changes, Changes::join, static_cast<Changes*>(joins));
     const bool fits = scanned.all.changes < kSavedSteps && scanned.all.split == 0, is_nan = poison != 0;
     if (thread == 0) {
