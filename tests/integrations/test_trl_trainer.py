@@ -82,9 +82,10 @@ def test_modes(tmp_path, options, lmbda, strategy):
     options = options | {"lmbda": lmbda, "uld_token_merge_strategy": strategy}
     stock, _ = train(tmp_path, **options)
     ours, _ = train(tmp_path, trainer=FusedGOLDTrainer, **options)
-    rough = 10 if options.get("bf16") else 1  # the first step's difference in a last place grows
-    assert ours.losses == pytest.approx(stock.losses, rel=rough * 1e-4)
-    assert ours.norms == pytest.approx(stock.norms, rel=rough * 1e-3)
+    assert ours.losses == pytest.approx(stock.losses, rel=1e-4)
+    # A quarter of a row's bfloat16 logits are tied. Tied entries share the mean of their gradients here, where TRL's
+    # torch.sort gives each one its own, in an order that is not defined: norms then differ by up to 2.2 %.
+    assert ours.norms == pytest.approx(stock.norms, rel=5e-2 if options.get("bf16") else 1e-3)
 
 
 def test_another_loss(tmp_path):
