@@ -345,6 +345,16 @@ def test_a_row_against_itself_costs_nothing(backend, dtype, fewer_tiles):
     assert all((gradient == 0).all() for gradient in both)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_small_counts_on_hard_rows(backend, dtype, fewer_tiles):
+    """2,000 and more values of one sign, of which hundreds vanish beside a float32 sum of those before them."""
+    x = torch.randn(1, 30_000, generator=torch.Generator().manual_seed(0)).mul(8).to(dtype)
+    loss = sorted_l1(Logits(x), Logits(x, temperature=2.0), backend=backend)
+    truth = sorted_l1(Logits(x.double()), Logits(x.double(), temperature=2.0), backend="reference")
+    assert loss.sub(truth).abs() <= (1e-6 if loss.dtype == torch.float32 else 1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_columns_of_long_rows(backend, dtype, fewer_tiles):

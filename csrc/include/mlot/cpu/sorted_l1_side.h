@@ -300,16 +300,25 @@ class SideOrder {
       sums.moment = sums.total * double(runs.x[piece.run] - row.peak);
       return sums;
     }
-    for (int64_t start = piece.run; start < piece.last; start += kChunk) {
-      const int64_t end = std::min(start + kChunk, int64_t(piece.last));
-      A total = 0, moment = 0;
-#pragma omp simd reduction(+ : total, moment)
-      for (int64_t i = start; i < end; ++i) {
-        const A p = runs.p[i] * A(int32_t(runs.count[i]));
+    // A lane adds few terms in A: what is small would vanish beside the sum of many.
+    constexpr int64_t kTerms = 16 * kWidth<A>;
+    typedef int32_t Counts __attribute__((vector_size(4 * kWidth<A>)));
+    int64_t i = piece.run;
+    while (i + kWidth<A> <= piece.last) {
+      const int64_t end = std::min(i + kTerms, int64_t(piece.last));
+      Vector<A> total = {}, moment = {};
+      for (; i + kWidth<A> <= end; i += kWidth<A>) {
+        Counts counts;
+        __builtin_memcpy(&counts, &runs.count[i], sizeof(counts));
+        const Vector<A> p = load(&runs.p[i]) * __builtin_convertvector(counts, Vector<A>);
         total += p;
-        moment += p * (runs.x[i] - row.peak);
+        moment += p * (load(&runs.x[i]) - row.peak);
       }
-      sums.total += double(total), sums.moment += double(moment);
+      sums.total += double(sum<A>(total)), sums.moment += double(sum<A>(moment));
+    }
+    for (; i < piece.last; ++i) {
+      const double p = double(runs.p[i]) * runs.count[i];
+      sums.total += p, sums.moment += p * double(runs.x[i] - row.peak);
     }
     return sums;
   }
