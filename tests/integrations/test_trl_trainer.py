@@ -84,9 +84,9 @@ def test_modes(tmp_path, options, lmbda, strategy):
     ours, _ = train(tmp_path, trainer=FusedGOLDTrainer, **options)
     assert len(ours.losses) == 2
     if options.get("bf16"):
-        # A quarter of a row's bfloat16 logits are tied. Tied entries share the mean of their gradients here, where TRL's
-        # torch.sort gives each one its own, in an order that is not defined: the norms of six seeds differ by up to 2 %.
-        # After such a step the models are two, and on policy so are the answers that they give.
+        # A quarter of a row's bfloat16 logits are tied. Tied entries share the mean of their gradients here, where
+        # TRL's torch.sort gives each one its own, in an order that is not defined: norms of six seeds differ by up to
+        # 2 %. After such a step the models are two, and on policy so are the answers that they give.
         assert ours.losses[0] == pytest.approx(stock.losses[0], rel=1e-4)
         assert ours.norms[0] == pytest.approx(stock.norms[0], rel=5e-2)
     else:

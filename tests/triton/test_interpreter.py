@@ -6,6 +6,7 @@ Triton decides at its import whether it interprets, so that this cannot be the p
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,7 @@ def interpreted(*arguments):
     )
 
 
+OPS = Path(__file__).parents[1] / "ops"
 # Tests of an operator's own that take every backend; of others the quick run has too many programs.
 OWN = {
     "sinkhorn": "triton and (refuses or absorbs or nowhere or marginal_0 or (streams and random and 0.01))",
@@ -81,19 +83,20 @@ def test_losses_in_the_interpreter():
 
 @pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "triton" in op.forward])
 def test_operators_in_the_interpreter(operator):
-    run_tests("tests/test_contract.py", f"{operator}-triton and ({ALL if FULL else FEWER.get(operator, QUICK)})")
+    chosen = f"{operator}-triton and ({ALL if FULL else FEWER.get(operator, QUICK)})"
+    run_tests("tests/test_contract.py", chosen=chosen)
 
 
 @pytest.mark.parametrize("operator", OWN)
 def test_operators_own_tests_in_the_interpreter(operator):
-    run_tests(f"tests/ops/test_{operator}.py", "triton" if FULL else OWN[operator])
+    run_tests(*map(str, sorted(OPS.glob(f"test_{operator}*.py"))), chosen="triton" if FULL else OWN[operator])
 
 
-def run_tests(file, chosen):
+def run_tests(*files, chosen):
     done = interpreted(
         "-m",
         "pytest",
-        file,
+        *files,
         f"-k={chosen}",
         "-pno:cacheprovider",
         "-pno:xdist",
