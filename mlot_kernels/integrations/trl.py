@@ -37,8 +37,8 @@ class GoldLoss(nn.Module):
     """TRL's ``ULDLoss``: its constructor, its arguments and its values, without a loop over samples or tokens.
 
     Every field of ``GOLDConfig`` that TRL's class reads counts. Where it computes in the dtype of the logits, sums are
-    float32 here, and where a sequence has no token its loss is 0 in a mean over all sequences, as there. Equal logits of
-    a row, which are many in bfloat16, share the mean of their gradients, where TRL's sort gives each one its own.
+    float32 here, and where a sequence has no token its loss is 0 in a mean over all sequences, as there. Equal logits
+    of a row, which are many in bfloat16, share the mean of their gradients, where TRL's sort gives each one its own.
 
     Args:
         config: a ``GOLDConfig``.

@@ -6,8 +6,6 @@ is done once, strides no longer matter, and the loops over terms load whole vect
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,145 +13,16 @@ from torch import Tensor
 
 from mlot_kernels.checks import accumulator
 from mlot_kernels.ops.pairwise_cost.reference import SMALLEST_NORM
+from mlot_kernels.ops.pairwise_cost.triton_sides import ALIGNMENT, Side, narrow, quotient, side, square_root
 from mlot_kernels.triton_tiles import launch_options
 
-ALIGNMENT = 64  # to which rows or features are filled up: no tile is larger
 TERMS = 64  # terms that are added one after the other; their sums are added then
 
 _SMALLEST_NORM: tl.constexpr = tl.constexpr(SMALLEST_NORM)
-_SMALLEST_SQUARE: tl.constexpr = tl.constexpr(SMALLEST_NORM**2)
 _ANY_FINITE: tl.constexpr = tl.constexpr(-1e30)
 # Together they raise the smallest float32 to 1; one such factor would not be finite.
 _RAISE: tl.constexpr = tl.constexpr(2.0**127)
 _RAISE_AGAIN: tl.constexpr = tl.constexpr(2.0**22)
-
-
-# One side
-
-
-@triton.jit
-def _square_root(x, DOUBLE: tl.constexpr):
-    return tl.sqrt(x) if DOUBLE else tl.sqrt_rn(x)  # the plain one is an approximation in float32
-
-
-@triton.jit
-def _quotient(x, y, DOUBLE: tl.constexpr):
-    return x / y if DOUBLE else tl.div_rn(x, y)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """``x`` in a gradient's dtype; from float64 by way of float32, as Triton's interpreter knows no other."""
-    if x.dtype == tl.float64 and dtype != tl.float64:
-        x = x.to(tl.float32)
-    return x.to(dtype)
-
-
-@triton.jit
-def _prepare(
-    values_ptr,
-    out_ptr,
-    norm_ptr,
-    rows,
-    width,
-    span,
-    batch_stride,
-    row_stride,
-    feature_stride,
-    out_rows,
-    out_features,
-    out_batch_stride,
-    out_row_stride,
-    out_feature_stride,
-    LOG: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """Owns ``span`` features of ROWS rows of one problem: reads them and writes them widened, zeros behind the last.
-
-    Their logs where LOG; where ``norm_ptr`` is not None unit vectors, and the rows' norms, those below the smallest
-    norm as that one. Then a program owns all features and reads them twice.
-    """
-    acc: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    tiles = tl.cdiv(out_rows, ROWS)
-    problem = (tl.program_id(0) // tiles).to(tl.int64)
-    r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    fits = r < out_rows
-    features = tl.arange(0, FEATURES)
-    values_ptr += problem * batch_stride + r.to(tl.int64)[:, None] * row_stride
-    out_ptr += problem * out_batch_stride + r.to(tl.int64)[:, None] * out_row_stride
-    norm = tl.full([ROWS], 1.0, acc)
-    if norm_ptr is not None:
-        squares = tl.zeros([ROWS, FEATURES], acc)
-        for start in range(0, width, FEATURES):
-            d = start + features
-            exists = (r < rows)[:, None] & (d < width)[None, :]
-            x = tl.load(values_ptr + d.to(tl.int64)[None, :] * feature_stride, mask=exists, other=0).to(acc)
-            squares += x * x
-        square = tl.sum(squares, 1)
-        small = square <= tl.full([], _SMALLEST_SQUARE, acc)
-        norm = tl.where(small, tl.full([], _SMALLEST_NORM, acc), _square_root(square, DOUBLE))
-        tl.store(norm_ptr + problem * rows + r, norm, mask=r < rows)
-    first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, out_features), FEATURES):
-        d = start + features
-        exists = (r < rows)[:, None] & (d < width)[None, :]
-        x = tl.load(values_ptr + d.to(tl.int64)[None, :] * feature_stride, mask=exists, other=0).to(acc)
-        if norm_ptr is not None:
-            x = _quotient(x, tl.broadcast_to(norm[:, None], [ROWS, FEATURES]), DOUBLE)
-        if LOG:
-            x = tl.where(exists, tl.log(x), 0.0)
-        tl.store(
-            out_ptr + d.to(tl.int64)[None, :] * out_feature_stride, x, mask=fits[:, None] & (d < out_features)[None, :]
-        )
-
-
-class _Side(NamedTuple):
-    """``values`` made ready: ``[B, D, rows]`` or ``[B, rows, D]``, the last dimension filled up to ``ALIGNMENT``."""
-
-    ready: Tensor
-    norm: Tensor | None  # [B, rows], of cosine
-
-
-def _side(values: Tensor, metric: str, wide: torch.dtype, *, neighbours: str, log: bool = False) -> _Side:
-    """Lay ``values`` ``[B, rows, D]`` out with ``neighbours`` ("rows" or "features") beside one another.
-
-    Rows are filled up to whole tiles of forward.
-    """
-    B, rows, D = values.shape
-    filled = triton.cdiv(rows, ALIGNMENT) * ALIGNMENT, triton.cdiv(D, ALIGNMENT) * ALIGNMENT
-    if neighbours == "rows":
-        ready = values.new_empty(B, D, filled[0], dtype=wide)
-        owned, features, strides = filled[0], D, (D * filled[0], 1, filled[0])
-    else:
-        ready = values.new_empty(B, rows, filled[1], dtype=wide)
-        owned, features, strides = rows, filled[1], (rows * filled[1], filled[1], 1)
-    unit = metric == "cosine"
-    norm = values.new_empty(B, rows, dtype=wide) if unit else None
-    if not ready.numel():
-        if norm is not None:
-            norm.fill_(SMALLEST_NORM)
-        return _Side(ready, norm)
-    span = features if unit else ALIGNMENT
-    launch = launch_options("pairwise_cost.prepare", values.device)
-    _prepare[(B * triton.cdiv(owned, launch["ROWS"]), triton.cdiv(features, span))](
-        values,
-        ready,
-        norm,
-        rows,
-        D,
-        span,
-        *values.stride(),
-        owned,
-        features,
-        *strides,
-        LOG=log,
-        DOUBLE=wide == torch.float64,
-        FEATURES=ALIGNMENT,
-        **launch,
-    )
-    return _Side(ready, norm)
 
 
 # Costs
@@ -229,7 +98,7 @@ def _costs(
             part = tl.zeros([ROWS, COLUMNS], part.dtype)
     total += part
     if METRIC == "l2":
-        total = _square_root(total, DOUBLE)
+        total = square_root(total, DOUBLE)
     elif METRIC == "cosine":
         total = 1 - total
     elif METRIC == "cross_entropy":
@@ -240,7 +109,7 @@ def _costs(
     exists = (i < rows)[:, None] & (j < columns)[None, :]
     if grad_ptr is not None:
         grad = tl.load(grad_ptr + at, mask=exists, other=0)
-        total = _quotient(grad, tl.where(total == 0, 1.0, total), DOUBLE)
+        total = quotient(grad, tl.where(total == 0, 1.0, total), DOUBLE)
     tl.store(out_ptr + at, total, mask=exists)
 
 
@@ -250,8 +119,8 @@ def _pairs(x: Tensor, y: Tensor, metric: str, grad: Tensor | None) -> Tensor:
     wide = accumulator(torch.promote_types(x.dtype, y.dtype))
     out = x.new_empty(B, M, N, dtype=wide)
     if out.numel():
-        own = _side(x, metric, wide, neighbours="rows").ready
-        other = _side(y, metric, wide, neighbours="rows", log=metric == "cross_entropy").ready
+        own = side(x, metric, wide, neighbours="rows").ready
+        other = side(y, metric, wide, neighbours="rows", log=metric == "cross_entropy").ready
         launch = launch_options("pairwise_cost.costs", x.device)
         _costs[(B * triton.cdiv(M, launch["ROWS"]) * triton.cdiv(N, launch["COLUMNS"]),)](
             own,
@@ -362,7 +231,7 @@ def _gradient(
     elif METRIC == "cross_entropy":
         total = -total if OF_X else -total / tl.where((own == 0) | (own != own), 1.0, own)
     out_ptr += (problem * rows + row)[:, None] * out_width + d[None, :]
-    tl.store(out_ptr, _narrow(total, out_ptr.dtype.element_ty), mask=(i < rows)[:, None] & (d < out_width)[None, :])
+    tl.store(out_ptr, narrow(total, out_ptr.dtype.element_ty), mask=(i < rows)[:, None] & (d < out_width)[None, :])
 
 
 @triton.jit
@@ -394,12 +263,12 @@ def _project(
     for start in range(0, width, FEATURES):
         place = at * filled_width + start + features
         rest = tl.load(unit_ptr + place) * along - tl.load(sums_ptr + place)
-        rest = _quotient(rest, tl.broadcast_to(norm, [ROWS, FEATURES]), DOUBLE)
+        rest = quotient(rest, tl.broadcast_to(norm, [ROWS, FEATURES]), DOUBLE)
         exists = (i < rows)[:, None] & (start + features < width)
-        tl.store(out_ptr + at * width + start + features, _narrow(rest, out_ptr.dtype.element_ty), mask=exists)
+        tl.store(out_ptr + at * width + start + features, narrow(rest, out_ptr.dtype.element_ty), mask=exists)
 
 
-def _gradient_of(values: Tensor, own: _Side, other: _Side, weight: Tensor, metric: str, *, of_x: bool) -> Tensor:
+def _gradient_of(values: Tensor, own: Side, other: Side, weight: Tensor, metric: str, *, of_x: bool) -> Tensor:
     """The gradient of one side, ``values``; ``weight`` ``[B, M, N]``."""
     B, rows, D = values.shape
     if other.ready.shape[1] == 0:
@@ -449,8 +318,8 @@ def backward(grad: Tensor, x: Tensor, y: Tensor, metric: str, x_needed: bool, y_
     """The gradients; a side that is not needed comes back empty."""
     weight = _pairs(x, y, metric, grad.contiguous()) if metric == "l2" else grad.contiguous()
 
-    def ready(values: Tensor, log: bool = False) -> _Side:
-        return _side(values, metric, weight.dtype, neighbours="features", log=log)
+    def ready(values: Tensor, log: bool = False) -> Side:
+        return side(values, metric, weight.dtype, neighbours="features", log=log)
 
     of_x, of_y = ready(x), ready(y)
     grad_x, grad_y = x.new_empty(0), y.new_empty(0)
