@@ -101,6 +101,8 @@ def problems_of_library(library: Path, kind: str) -> Iterator[str]:
     told = [path for path in sorted(here) if f"{path}/".encode() in content]
     if told:
         yield f"it holds paths of the machine that built it: {', '.join(told)}"
+    if b"_GLOBAL__N__" in content:  # by which no build is like another
+        yield "it holds names that nvcc made of a path and a process: give kernels a namespace with a name"
 
 
 def torch_folder() -> Path:

@@ -5,7 +5,7 @@
 #include "mlot/cuda/row_statistics.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace column_sums_kernels {
 
 // What a cluster writes of a slot: its scalars, those of `group` with the rest or alone.
 template <class A, int kCount>
@@ -299,7 +299,7 @@ bool launch_in_a_cluster(const ColumnSums& call, TemperatureGroup group, int64_t
   return true;
 }
 
-}  // namespace
+}  // namespace column_sums_kernels
 
 template <class T>
 void row_scalars(const ColumnSums& call, void* stream) {

@@ -3,7 +3,7 @@
 #include "mlot/cuda/row_gradient.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace gradient_at_columns_kernels {
 
 constexpr unsigned kFewThreads = 128;  // of a block that owns a row's k columns
 
@@ -166,7 +166,7 @@ void launch_backward(const GradientAtColumns& call, void* stream) {
   launch_stretches<T>(kernel, call, stream);
 }
 
-}  // namespace
+}  // namespace gradient_at_columns_kernels
 
 extern void (*const gradient_at_columns[4])(const GradientAtColumns&, void* stream) = {
     launch_backward<float>, launch_backward<bfloat16>, launch_backward<float16>, launch_backward<double>};

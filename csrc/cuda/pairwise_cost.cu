@@ -6,7 +6,7 @@
 #include "mlot/cuda/launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace pairwise_cost_kernels {
 
 constexpr int kEach = 4;              // rows and columns whose sums a thread keeps
 constexpr unsigned kFewThreads = 64;  // of a block whose problem is small
@@ -114,7 +114,7 @@ void launch_forward(const PairwiseCostForward& call, void* stream) {
          unsigned(across));
 }
 
-}  // namespace
+}  // namespace pairwise_cost_kernels
 
 extern const PairwiseCost pairwise_cost = {
     {launch_forward<float>, launch_forward<bfloat16>, launch_forward<float16>, launch_forward<double>}};

@@ -7,7 +7,7 @@
 #include "mlot/cuda/pairwise_cost.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace pairwise_cost_gradient_kernels {
 
 constexpr int kEach = 4;             // rows whose sums a thread keeps
 constexpr int kTerms = 32;           // of the other side's rows: a chunk; a gradient is a sum of their sums
@@ -210,7 +210,7 @@ void launch_gradient(const PairwiseCostBackward& call, void* stream) {
   launch(add_parts<T>, Shape{pieces(elements, threads), threads, 1, 0}, stream, call, elements, tiles.parts);
 }
 
-}  // namespace
+}  // namespace pairwise_cost_gradient_kernels
 
 extern const PairwiseCostGradient pairwise_cost_gradient = {
     {launch_gradient<float>, launch_gradient<bfloat16>, launch_gradient<float16>, launch_gradient<double>},

@@ -7,7 +7,7 @@
 #include "mlot/cuda/select.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace rank_truncate_kernels {
 
 constexpr unsigned kFewThreads = 128;  // of a block that owns a row's k columns
 
@@ -69,7 +69,7 @@ void launch_forward(const RankTruncateForward& call, void* stream) {
          static_cast<const A*>(together ? call.sums.sums : nullptr), of_sequence);
 }
 
-}  // namespace
+}  // namespace rank_truncate_kernels
 
 extern const RankTruncate rank_truncate = {
     {launch_forward<float>, launch_forward<bfloat16>, launch_forward<float16>, launch_forward<double>}};

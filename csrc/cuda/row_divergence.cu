@@ -6,7 +6,7 @@
 #include "mlot/cuda/launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace row_divergence_kernels {
 
 // Of a pair. The moments are of x - peak: of H, and of what the student is held against.
 struct DivergenceSums {
@@ -217,7 +217,7 @@ void launch_forward(const RowDivergenceForward& call, void* stream) {
   launch(floors ? with : without, shape, stream, call, units);
 }
 
-}  // namespace
+}  // namespace row_divergence_kernels
 
 void launch_row_divergence_forward(const RowDivergenceForward& call, void* stream) {
   (call.problem.in_double() ? launch_forward<double> : launch_forward<float>)(call, stream);

@@ -6,7 +6,7 @@
 #include "mlot/cuda/sort_keys.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace row_divergence_backward_kernels {
 
 constexpr int kTurns = 4;  // of a block: tiles of each of its threads
 
@@ -209,7 +209,7 @@ void launch_backward(const RowDivergenceBackward& call, void* stream) {
   launch(backward_of_log_scale, Shape{pieces(rows.all_slots(), threads), threads, 1, 0}, stream, call);
 }
 
-}  // namespace
+}  // namespace row_divergence_backward_kernels
 
 void launch_row_divergence_backward(const RowDivergenceBackward& call, void* stream) {
   (call.problem.in_double() ? launch_backward<double> : launch_backward<float>)(call, stream);

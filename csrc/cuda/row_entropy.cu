@@ -5,7 +5,7 @@
 #include "mlot/cuda/row_statistics.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace row_entropy_kernels {
 
 constexpr int kBatch = 2;  // vectors that a thread reads before it uses them
 
@@ -169,7 +169,7 @@ void launch_backward(const RowEntropyBackward& call, void* stream) {
   launch_slots(backward_of_log_scale<Accumulator<T>>, call, stream);
 }
 
-}  // namespace
+}  // namespace row_entropy_kernels
 
 const RowEntropy row_entropy{
     {launch_forward<float>, launch_forward<bfloat16>, launch_forward<float16>, launch_forward<double>},

@@ -3,7 +3,7 @@
 #include "mlot/cuda/launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace rows_kernels {
 
 // Owns a sequence with a block.
 __global__ void slots_of_positions(LogitsRows rows, int32_t* slot_of) {
@@ -16,7 +16,7 @@ __global__ void slots_of_positions(LogitsRows rows, int32_t* slot_of) {
   }
 }
 
-}  // namespace
+}  // namespace rows_kernels
 
 void write_slots(const LogitsRows& rows, int32_t* slot_of, void* stream) {
   launch(slots_of_positions, Shape{rows.sequences, threads_of_a_block(kThreads), 1, 0}, stream, rows, slot_of);

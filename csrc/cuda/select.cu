@@ -4,7 +4,7 @@
 #include "mlot/cuda/launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace select_kernels {
 
 struct RowsOfMatrix {
   const void* values;
@@ -78,7 +78,7 @@ void launch_select(const Rows& rows, const Selection& to, void* stream) {
          rows, to);
 }
 
-}  // namespace
+}  // namespace select_kernels
 
 template <class T>
 void select_of_matrix(const void* values, int64_t width, const Selection& to, void* stream) {

@@ -4,7 +4,7 @@
 #include "mlot/cuda/transport_solver.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace sinkhorn_kernels {
 
 // Owns one problem with a cluster, each block a stretch of its rows: reads its costs (twice before step 2, once for the
 // values, and as often as a D is made) and writes all of its outputs. A step is a reading of the tile by rows and one
@@ -31,7 +31,7 @@ void launch_forward(const SinkhornForward& call, void* room, void* stream) {
          shape, room);
 }
 
-}  // namespace
+}  // namespace sinkhorn_kernels
 
 int64_t sinkhorn_forward_room(const TransportOptions& options, int64_t accumulator) {
   const TransportShape shape = accumulator == 8 ? solver_shape<double>(options) : solver_shape<float>(options);

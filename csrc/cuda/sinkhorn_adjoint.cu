@@ -3,7 +3,7 @@
 #include "mlot/cuda/transport_adjoint.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace sinkhorn_adjoint_kernels {
 
 // Owns one problem with a cluster, each block a stretch of its rows: reads its costs (four times, once more for each
 // base, and in every step where the tile does not hold all rows), the histories and the upstream gradients; writes all
@@ -55,7 +55,7 @@ void launch_backward(const SinkhornBackward& call, void* room, void* stream) {
   launch(shape.on_chip ? differentiate<T, true> : differentiate<T, false>, grid, stream, call, steps, shape, room);
 }
 
-}  // namespace
+}  // namespace sinkhorn_adjoint_kernels
 
 int64_t sinkhorn_backward_room(const TransportOptions& options, int64_t accumulator) {
   return accumulator == 8 ? adjoint_room<double>(options) : adjoint_room<float>(options);

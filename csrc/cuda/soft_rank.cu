@@ -4,7 +4,7 @@
 #include "mlot/cuda/launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace soft_rank_kernels {
 
 constexpr int64_t kOfAWarp = 64;  // entries of a row, up to which its team is a warp
 
@@ -253,7 +253,7 @@ void launch_backward(const SoftRankBackward& call, void* stream) {
   launch_teams(backward<T, false>, backward<T, true>, call, room, bytes, stream);
 }
 
-}  // namespace
+}  // namespace soft_rank_kernels
 
 const SoftRank soft_rank{
     {launch_forward<float>, launch_forward<bfloat16>, launch_forward<float16>, launch_forward<double>},

@@ -2,12 +2,14 @@
 // finds every sign by counting.
 #include "mlot/cuda/sorted_l1.h"
 
+#include <type_traits>
+
 #include "mlot/cuda/column_sums.h"
 #include "mlot/cuda/sorted_l1_backward.h"
 #include "mlot/cuda/sorted_l1_launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace sorted_l1_kernels {
 
 // The wider of two accumulators.
 template <class S, class T>
@@ -82,8 +84,8 @@ constexpr double kLeft = -2;
 // the rows' lengths fix, too. One exp for each logit.
 template <class S, class T>
 __global__ void __launch_bounds__(kPairThreads, 1) forward_by_bins(SortedL1Forward call, BinSizes sizes) {
-  using SA = Accumulator<S>;
-  using TA = Accumulator<T>;
+  using A = Accumulator<S>;
+  static_assert(std::is_same_v<A, Accumulator<T>>);
   MLOT_SHARED_MEMORY(unsigned char, shared);
   const BinMemory memory(shared + kBinJoin, sizes);
   const int64_t slot = cluster_number();
@@ -94,25 +96,25 @@ __global__ void __launch_bounds__(kPairThreads, 1) forward_by_bins(SortedL1Forwa
     return;
   }
   memory.clear();
-  using W = Loss<S, T>;
-  const SlotIndex<W> none{0, 0, sizes.bins, 0, memory.map};
-  BinnedRow<S, W> s{
-      nullptr,         0,          likelihood<void*, SA>(call.sides[0], call.saved[0], slot), none, memory.ranks[0],
-      memory.slots[0], memory.sums};
-  BinnedRow<T, W> t{nullptr,
-                    0,
-                    likelihood<void*, TA>(call.sides[1], call.saved[1], slot),
-                    none,
-                    memory.ranks[1],
-                    memory.slots[1],
-                    memory.sums + 1};
+  const SlotIndex<A> none{0, 0, sizes.bins, 0, memory.map};
+  const auto row = [&](auto element, int side) {
+    return BinnedRow<decltype(element)>{nullptr,
+                                        0,
+                                        likelihood<void*, A>(call.sides[side], call.saved[side], slot),
+                                        none,
+                                        memory.ranks[side],
+                                        memory.slots[side],
+                                        memory.sums + side};
+  };
+  BinnedRow<S> s = row(S(), 0);
+  BinnedRow<T> t = row(T(), 1);
   const int64_t longest = longer(call.sides[0], call.sides[1]);
   const unsigned top_k = unsigned(call.options.top_k < longest ? call.options.top_k : longest);
   const bool is_nan = s.law.poison != 0 || t.law.poison != 0;  // and so is all that is written, whatever the order
   if (is_nan || bin_pair(student, teacher, call.sides, top_k, memory, s, t, shared)) {
     write_pair(call, slot, s, t, shared);
   } else if (cluster_rank() == 0 && threadIdx.x == 0) {
-    put<SA>(call.saved[0].steps, slot * 2 * kSavedSteps, kLeft);
+    put<A>(call.saved[0].steps, slot * 2 * kSavedSteps, kLeft);
   }
   cluster_sync();  // nobody reads from a block that has ended
 }
@@ -167,10 +169,15 @@ void launch_forward(const SortedL1Forward& call, void* stream) {
       return launch(forward_by_counting<S, T>, counting_shape(call.sides[0]), stream, call);
     }
   }
-  const Binning binning = binning_of(call.sides[0], call.sides[1], sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));
-  if (binning.pays) launch(forward_by_bins<S, T>, binning.shape, stream, call, binning.sizes);
+  bool only_left = false;
+  // float64 beside another type is rare, and would take registers that there are not.
+  if constexpr (std::is_same_v<Accumulator<S>, Accumulator<T>>) {
+    const Binning binning = binning_of(call.sides[0], call.sides[1], sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));
+    if (binning.pays) launch(forward_by_bins<S, T>, binning.shape, stream, call, binning.sizes);
+    only_left = binning.pays;
+  }
   launch(forward_by_sorting<S, T>, sorting_shape<Loss<S, T>>(call.sides[0], call.sides[1], call.room), stream, call,
-         binning.pays);
+         only_left);
 }
 
 SortRoom room_for(const LogitsRows (&sides)[2], const int64_t (&bytes)[2], bool with_columns) {
@@ -205,7 +212,7 @@ bool are_counted(const LogitsRows (&sides)[2], const int64_t (&bytes)[2]) {
   return bytes[0] == 2 && bytes[1] == 2 && are_counted(sides[0], sides[1]);
 }
 
-}  // namespace
+}  // namespace sorted_l1_kernels
 
 SortRoom room_of_forward(const LogitsRows (&sides)[2], const int64_t (&bytes)[2]) {
   return are_counted(sides, bytes) ? SortRoom{} : room_for(sides, bytes, false);

@@ -6,7 +6,7 @@
 #include "mlot/cuda/sorted_l1_launch.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace sorted_l1_backward_kernels {
 
 // What makes a gradient of a logit and its sign:
 // dl/dx = 2^((x - peak) factor) weight (sign scale_of_p - total) - (x - peak - mean) through; 0 at -inf.
@@ -208,7 +208,7 @@ __global__ void backward_of_log_scale(SortedL1Backward call) {
          is_pair(call, slot) ? at<A>(call.grad, slot) * at<A>(call.saved.total, slot) : A(0));
 }
 
-}  // namespace
+}  // namespace sorted_l1_backward_kernels
 
 template <class Own, class Other>
 void launch_sorted_l1_backward(const SortedL1Backward& call, void* stream) {

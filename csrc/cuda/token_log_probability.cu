@@ -5,7 +5,7 @@
 #include "mlot/cuda/row_statistics.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace token_log_probability_kernels {
 
 // Owns one slot with a cluster: reads its row once (standardized twice), writes its log-probability and its scalars.
 template <class T, bool kStandardize, class A = Accumulator<T>>
@@ -96,7 +96,7 @@ void launch_backward(const TokenBackward& call, void* stream) {
   launch_slots(backward_of_log_scale<Accumulator<T>>, call, stream);
 }
 
-}  // namespace
+}  // namespace token_log_probability_kernels
 
 const TokenLogProbability token_log_probability{
     {launch_forward<float>, launch_forward<bfloat16>, launch_forward<float16>, launch_forward<double>},

@@ -7,7 +7,7 @@
 #include "mlot/cuda/row_statistics.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace topk_softmax_kernels {
 
 constexpr int kBatch = kStatisticsBatch;
 constexpr unsigned kCandidateBytes = 16 << 10;
@@ -180,7 +180,7 @@ void launch_forward(const TopkSoftmaxForward& call, void* stream) {
          Shape{rows.all_slots() * row.cluster, row.threads, row.cluster, bytes}, stream, call, groups);
 }
 
-}  // namespace
+}  // namespace topk_softmax_kernels
 
 extern const TopkSoftmax topk_softmax = {
     {launch_forward<float>, launch_forward<bfloat16>, launch_forward<float16>, launch_forward<double>}};

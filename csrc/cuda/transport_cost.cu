@@ -5,7 +5,7 @@
 #include "mlot/cuda/transport_solver.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace transport_cost_kernels {
 
 constexpr TransportArrays kArrays{kSolverArrays.of_columns, kSolverArrays.of_rows, 1};
 
@@ -45,7 +45,7 @@ void launch_forward(const TransportCostForward& call, void* room, void* stream) 
   });
 }
 
-}  // namespace
+}  // namespace transport_cost_kernels
 
 int64_t transport_cost_forward_room(const TransportOptions& options, int64_t accumulator) {
   return accumulator == 8 ? solver_room<double>(options) : solver_room<float>(options);

@@ -5,7 +5,7 @@
 #include "mlot/cuda/transport_cost.h"
 
 namespace mlot::cuda {
-namespace {
+inline namespace transport_cost_adjoint_kernels {
 
 constexpr TransportArrays kArrays{kAdjointArrays.of_columns, kAdjointArrays.of_rows, 2};
 
@@ -78,7 +78,7 @@ void launch_backward(const TransportCostBackward& call, void* room, void* stream
   }
 }
 
-}  // namespace
+}  // namespace transport_cost_adjoint_kernels
 
 int64_t transport_cost_backward_room(const TransportOptions& options, int64_t accumulator) {
   return accumulator == 8 ? adjoint_room<double>(options) : adjoint_room<float>(options);

@@ -75,8 +75,8 @@ def usage_in_the_library(architecture: str) -> dict[str, Usage]:
 
 
 def source_of(kernel: str) -> str | None:
-    """The stem of the file in whose unnamed namespace the kernel is."""
-    found = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", kernel)
+    """The stem of the file in whose namespace the kernel is."""
+    found = re.match(r"_ZN4mlot4cuda\d+(\w+?)_kernels", kernel)
     return found and found[1]
 
 

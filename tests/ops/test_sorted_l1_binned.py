@@ -85,7 +85,7 @@ KINDS = ["usual", "near uniform", "ties", "heaps", "one hot", "-inf", "underflow
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float64, torch.float64),
-    (torch.float32, torch.float64),
+    (torch.bfloat16, torch.float16),
     (torch.bfloat16, torch.float32),
 ]
 

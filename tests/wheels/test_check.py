@@ -76,6 +76,7 @@ def library(folder, code, *options):
         ("void aoti_torch_cpu_topk(); void f() { aoti_torch_cpu_topk(); }", (), "do not have aoti_torch_cpu_topk"),
         ("void torch_list_size(); void f() { torch_list_size(); }", (), None),
         (f'const char* f() {{ return "{check.ROOT}/csrc/cpu/rows.cpp"; }}', (), "paths of the machine that built it"),
+        ('const char* f() { return "_GLOBAL__N__fa2ac9b9_7_rows_cu"; }', (), "that nvcc made of a path and a process"),
         ("int nothing;", ("-Wl,-rpath,/opt/torch/lib",), "a search path of its own"),
         ("void* f() { return 0; }", ("-Wl,--no-as-needed", "-l:libdl.so.2"), "it needs libdl.so.2"),
     ],

@@ -15,15 +15,16 @@ struct SlotRun {
   unsigned slot, state;
 };
 
-// A row in slots. It is in order: of open slots, all logits are listed; of closed ones, how many there are.
-template <class T, class W>
+// A row in slots. It is in order: of open slots, all logits are listed; of closed ones, how many there are. The pair's
+// other row has the same accumulator.
+template <class T>
 struct BinnedRow {
   using A = Accumulator<T>;
   using Element = T;
   const DescendingKey<T>* keys;  // `listed`
   unsigned listed;
   Likelihood<A> law;
-  SlotIndex<W> index;
+  SlotIndex<A> index;
   const unsigned* ranks;
   const uint16_t* slots;
   const ClosedSums* sums;
@@ -39,7 +40,7 @@ struct BinnedRow {
     DescendingKey<T> low = descending_key<T>(A(INFINITY)), high = descending_key<T>(A(-INFINITY));
     while (high - low > 1) {
       const auto middle = DescendingKey<T>(low + (high - low) / 2);
-      if (index.of(W(law.log2_p(logit_of<T>(middle)))) < slot) {
+      if (index.of(law.log2_p(logit_of<T>(middle))) < slot) {
         low = middle;
       } else {
         high = middle;
@@ -49,31 +50,31 @@ struct BinnedRow {
   }
 };
 
-template <class T, class W, class A>
-__device__ inline double probability(const BinnedRow<T, W>& row, const SlotRun<A>& run) {
+template <class T, class A>
+__device__ inline double probability(const BinnedRow<T>& row, const SlotRun<A>& run) {
   return run.state == kOpen ? double(row.law.p(run.x)) : 0;
 }
-template <class T, class W>
-__device__ inline double tail_in_sums(const BinnedRow<T, W>& row) {
+template <class T>
+__device__ inline double tail_in_sums(const BinnedRow<T>& row) {
   return row.sums->tail.total;
 }
-template <class T, class W>
-__device__ inline void add_sums(const BinnedRow<T, W>& row, int tail_sign, SignedSums& sums) {
+template <class T>
+__device__ inline void add_sums(const BinnedRow<T>& row, int tail_sign, SignedSums& sums) {
   sums.total += row.sums->head.total + tail_sign * row.sums->tail.total;
   sums.moment += row.sums->head.moment + tail_sign * row.sums->tail.moment;
 }
 
 // The next larger number than a run's, or than any of a slot's.
-template <class T, class W, class A>
-__device__ inline A threshold(const BinnedRow<T, W>& row, const SlotRun<A>& run, A) {
+template <class T, class A>
+__device__ inline A threshold(const BinnedRow<T>& row, const SlotRun<A>& run, A) {
   return run.state == kOpen ? logit_of<T>(DescendingKey<T>(descending_key<T>(run.x) - 1))
                             : row.lower_end_before(run.slot);
 }
 
 // As for other rows. A slot takes a place of its own and one for each of its listed logits, which are dealt evenly: it
 // may be that nearly all are in one slot.
-template <class T, class W, class Use>
-__device__ inline void for_runs(const BinnedRow<T, W>& row, Use use) {
+template <class T, class Use>
+__device__ inline void for_runs(const BinnedRow<T>& row, Use use) {
   const unsigned bins = row.index.bins, all = bins + row.listed, threads = cluster_size() * blockDim.x;
   const unsigned each = (all + threads - 1) / threads, begin = (cluster_rank() * blockDim.x + threadIdx.x) * each;
   const unsigned end = begin + each < all ? begin + each : all;
@@ -108,38 +109,38 @@ __device__ inline void for_runs(const BinnedRow<T, W>& row, Use use) {
 
 // As for other rows. The ranks of a closed slot meet what gives them their sign, those of an open one the other row's
 // logits in the same slot.
-template <class S, class T, class W, class Use>
-__device__ inline void for_runs_met(const BinnedRow<S, W>& own, const BinnedRow<T, W>& other, Use use) {
+template <class S, class T, class Use>
+__device__ inline void for_runs_met(const BinnedRow<S>& own, const BinnedRow<T>& other, Use use) {
   Met in_slot;
   unsigned slot = ~0u;
   for_runs(own, [&](const auto& run) {
     if (run.state != kOpen) return use(run, run.state == kMinus ? Met{INT_MAX, INT_MAX} : Met{});
     if (run.slot != slot) slot = run.slot, in_slot = {};
-    in_slot = other.logits_of(slot).meet(W(own.law.log2_p(run.x)), in_slot);
+    in_slot = other.logits_of(slot).meet(own.law.log2_p(run.x), in_slot);
     const int before = int(other.ranks[slot]);
     use(run, Met{before + in_slot.larger, before + in_slot.no_smaller});
   });
 }
 
 // Counts a row's logits by their slots: on the second level those in open bins of the first.
-template <class T, class W>
+template <class T>
 __device__ inline void count_slots(const T* row, const LogitsRows& rows, const Likelihood<Accumulator<T>>& law,
-                                   const SlotIndex<W>& index, unsigned* counters) {
+                                   const SlotIndex<Accumulator<T>>& index, unsigned* counters) {
   for_looked_at(row, rows, [&](Accumulator<T> x) {
-    const W t = W(law.log2_p(x));
+    const Accumulator<T> t = law.log2_p(x);
     if (index.parts == 0 || index.is_part(t)) atomicAdd(counters + index.of(t), 1u);
   });
 }
 
 // Reads a row for the sums over its closed slots and the list of what is in its open ones. The order of the list is
 // that of atomics until it is sorted; equal keys are not told apart.
-template <class T, class W>
-__device__ inline void read_slots(const T* row, const LogitsRows& rows, const BinnedRow<T, W>& made,
+template <class T>
+__device__ inline void read_slots(const T* row, const LogitsRows& rows, const BinnedRow<T>& made,
                                   DescendingKey<T>* keys, unsigned* found, ClosedSums* all, void* joins) {
   using A = Accumulator<T>;
   ClosedSums mine;
   for_looked_at(row, rows, [&](A x) {
-    const unsigned state = made.state(made.index.of(W(made.law.log2_p(x))));
+    const unsigned state = made.state(made.index.of(made.law.log2_p(x)));
     if (state == kOpen) {
       keys[atomicAdd(found, 1u)] = descending_key<T>(x);
       return;
@@ -157,13 +158,14 @@ __device__ inline void read_slots(const T* row, const LogitsRows& rows, const Bi
 
 // Brings both rows into slots and fills in what `s` and `t` have besides their laws; false where more is open than
 // there is room for. Each row is read twice, and once more where the second level is needed.
-template <class S, class T, class W>
+template <class S, class T>
 __device__ inline bool bin_pair(const S* student, const T* teacher, const LogitsRows (&sides)[2], unsigned top_k,
-                                const BinMemory& memory, BinnedRow<S, W>& s, BinnedRow<T, W>& t, void* joins) {
-  Extent<W> mine;
-  sample<W>(student, sides[0], s.law, mine);
-  sample<W>(teacher, sides[1], t.law, mine);
-  SlotIndex<W> index = index_of(over_cluster(mine, Extent<W>::join, static_cast<Extent<W>*>(joins)), memory);
+                                const BinMemory& memory, BinnedRow<S>& s, BinnedRow<T>& t, void* joins) {
+  using A = Accumulator<S>;
+  Extent<A> mine;
+  sample(student, sides[0], s.law, mine);
+  sample(teacher, sides[1], t.law, mine);
+  SlotIndex<A> index = index_of(over_cluster(mine, Extent<A>::join, static_cast<Extent<A>*>(joins)), memory);
   Opening opening{};
 #pragma unroll 1
   for (int level = 0; level < 2; ++level) {

@@ -99,29 +99,29 @@ struct BinMemory {
 
 // The slot of a logit, from its log2 p: its bin; or, on the second level, its part of an open bin of the first, or the
 // slot that neighbouring closed bins of equal states share.
-template <class W>
+template <class A>
 struct SlotIndex {
   static constexpr unsigned kOpenBin = 1 << 15;  // beside a bin's first slot
 
-  W top, per_bit;
+  A top, per_bit;
   unsigned bins, parts;  // of an open bin; 0: there is no second level
   const uint16_t* map;
 
   // A NaN is in the last bin.
-  __device__ W place(W log2_p) const {
-    const W last = W(bins - 1), at = (top - log2_p) * per_bit;
-    return at < last ? larger(at, W(0)) : last;
+  __device__ A place(A log2_p) const {
+    const A last = A(bins - 1), at = (top - log2_p) * per_bit;
+    return at < last ? larger(at, A(0)) : last;
   }
-  __device__ unsigned of(W log2_p) const {
-    const W at = place(log2_p);
+  __device__ unsigned of(A log2_p) const {
+    const A at = place(log2_p);
     const unsigned bin = unsigned(at);
     if (parts == 0) return bin;
     const unsigned entry = map[bin], first = entry & (kOpenBin - 1);
     if (!(entry & kOpenBin)) return first;
-    const unsigned part = unsigned((at - W(bin)) * W(parts));
+    const unsigned part = unsigned((at - A(bin)) * A(parts));
     return first + (part < parts ? part : parts - 1);
   }
-  __device__ bool is_part(W log2_p) const { return map[unsigned(place(log2_p))] & kOpenBin; }
+  __device__ bool is_part(A log2_p) const { return map[unsigned(place(log2_p))] & kOpenBin; }
 };
 
 // Calls use(x) for this thread's share of a row's logits that are looked at, without -inf.
@@ -140,9 +140,9 @@ __device__ inline void for_looked_at(const T* row, const LogitsRows& rows, Use u
   });
 }
 
-template <class W>
+template <class A>
 struct Extent {
-  W low = W(INFINITY), high = W(-INFINITY);
+  A low = A(INFINITY), high = A(-INFINITY);
 
   __device__ static Extent join(const Extent& a, const Extent& b) {
     return {a.low < b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
@@ -150,26 +150,25 @@ struct Extent {
 };
 
 // Adds some of a row's log2 p, of the same columns whatever there are of threads.
-template <class W, class T>
-__device__ inline void sample(const T* row, const LogitsRows& rows, const Likelihood<Accumulator<T>>& law,
-                              Extent<W>& extent) {
+template <class T, class A = Accumulator<T>>
+__device__ inline void sample(const T* row, const LogitsRows& rows, const Likelihood<A>& law, Extent<A>& extent) {
   const int64_t stride = (rows.vocab_size + kBinSample - 1) / kBinSample;
   const int64_t thread = cluster_rank() * blockDim.x + threadIdx.x, threads = cluster_size() * blockDim.x;
   for (int64_t column = thread * stride; column < rows.vocab_size; column += threads * stride) {
     if (rows.column_mask && !rows.column_mask[column]) continue;
-    const W t = W(law.log2_p(widen(row[column])));
-    if (t - t == 0) extent = Extent<W>::join(extent, {t, t});  // neither infinity nor NaN
+    const A t = law.log2_p(widen(row[column]));
+    if (t - t == 0) extent = Extent<A>::join(extent, {t, t});  // neither infinity nor NaN
   }
 }
 
 // Bins over what a sample covers and a quarter more on both sides; all else is in the first bin and the last.
-template <class W>
-__device__ inline SlotIndex<W> index_of(const Extent<W>& extent, const BinMemory& memory) {
+template <class A>
+__device__ inline SlotIndex<A> index_of(const Extent<A>& extent, const BinMemory& memory) {
   const bool none = !(extent.low <= extent.high);
-  const W high = none ? W(0) : extent.high, range = none ? W(0) : extent.high - extent.low;
-  const W margin = range > 0 ? range / 4 : W(1);
+  const A high = none ? A(0) : extent.high, range = none ? A(0) : extent.high - extent.low;
+  const A margin = range > 0 ? range / 4 : A(1);
   const unsigned bins = memory.sizes.bins;
-  return {high + margin, W(bins - 2) / (range + 2 * margin), bins, 0, memory.map};
+  return {high + margin, A(bins - 2) / (range + 2 * margin), bins, 0, memory.map};
 }
 
 struct PairCount {
