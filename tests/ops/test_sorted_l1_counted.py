@@ -25,7 +25,7 @@ def test_every_16_bit_value_is_told_from_every_other(backend, dtype):
         )
         for b, d in ((backend, dtype), ("reference", torch.float64))
     )
-    # Of 32 threads, which only tests have, each adds two thousand terms of a normaliser in float32: 2e-6 for either row.
+    # Of 32 threads, which only tests have, each adds two thousand terms in float32: 2e-6 for either row.
     torch.testing.assert_close(ours[0].double() / hot, expected[0] / hot, rtol=0, atol=4e-6)
     for own, truth in zip(ours[1:], expected[1:], strict=True):
         error = (own.double() - truth).abs().max() / truth.abs().max()
