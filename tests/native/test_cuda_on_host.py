@@ -47,25 +47,21 @@ def environment(threads, cluster, order):
     }
 
 
-@pytest.mark.parametrize(("threads", "cluster", "order"), SHAPES)
-@pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "cuda" in op.forward])
-def test_operators_on_the_host(operator, threads, cluster, order):
-    chosen = ALL if FULL else QUICK if cluster == 1 else f"{QUICK} and not float64"
-    if operator in FEW and not FULL:
-        chosen += f" and ({FEW[operator]})"
+def run_tests(*files, chosen, environment):
+    """Of the contract and of ``files``, in a process of their own: all that are chosen pass, and none is skipped."""
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "pytest",
             "tests/test_contract.py",
-            *(str(path) for path in sorted(on_host.ROOT.glob(f"tests/ops/test_{operator}*.py"))),
-            f"-k=({operator}-cuda and ({chosen})) or ({OF_ITS_OWN} and ({operator}-cuda or not test_contract))",
+            *files,
+            f"-k={chosen}",
             "-pno:cacheprovider",
             "-pno:xdist",
             "--color=no",
         ],
-        env=environment(threads, cluster, order),
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -75,28 +71,28 @@ def test_operators_on_the_host(operator, threads, cluster, order):
     assert "skipped" not in done.stdout, done.stdout[-500:]
 
 
+@pytest.mark.parametrize(("threads", "cluster", "order"), SHAPES)
+@pytest.mark.parametrize("operator", [name for name, op in OPERATORS.items() if "cuda" in op.forward])
+def test_operators_on_the_host(operator, threads, cluster, order):
+    chosen = ALL if FULL else QUICK if cluster == 1 else f"{QUICK} and not float64"
+    if operator in FEW and not FULL:
+        chosen += f" and ({FEW[operator]})"
+    own = map(str, sorted(on_host.ROOT.glob(f"tests/ops/test_{operator}*.py")))
+    run_tests(
+        *own,
+        chosen=f"({operator}-cuda and ({chosen})) or ({OF_ITS_OWN} and ({operator}-cuda or not test_contract))",
+        environment=environment(threads, cluster, order),
+    )
+
+
 @pytest.mark.parametrize(("threads", "cluster", "order"), SHAPES[:1] + SHAPES[-1:])
 def test_rows_in_few_bins_on_the_host(threads, cluster, order):
     """The contract's short rows, which sorted_l1 sorts elsewhere, and what is hard for bins."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/test_contract.py",
-            "tests/ops/test_sorted_l1_binned.py",
-            f"-k=(sorted_l1-cuda and ({QUICK} or nan_shows)) or not test_contract",
-            "-pno:cacheprovider",
-            "-pno:xdist",
-            "--color=no",
-        ],
-        env=environment(threads, cluster, order) | {"MLOT_ON_HOST_BINS": "64"},
-        capture_output=True,
-        text=True,
-        check=False,
+    run_tests(
+        "tests/ops/test_sorted_l1_binned.py",
+        chosen=f"(sorted_l1-cuda and ({QUICK} or nan_shows)) or not test_contract",
+        environment=environment(threads, cluster, order) | {"MLOT_ON_HOST_BINS": "64"},
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert "skipped" not in done.stdout, done.stdout[-500:]
 
 
 def test_losses_on_the_host():
