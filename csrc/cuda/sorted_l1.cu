@@ -30,6 +30,16 @@ __device__ inline void write_no_pair(const SortedL1Forward& call, int64_t slot, 
   if (threadIdx.x == 0) put<Loss<S, T>>(call.loss, slot, one_counts ? NAN : 0);
 }
 
+// The rows of the pair at a slot; false where not both count, and then all is written that is written of none.
+template <class S, class T>
+__device__ inline bool take_pair(const SortedL1Forward& call, int64_t slot, const S*& student, const T*& teacher) {
+  student = row_of<S>(call.sides[0], slot);
+  teacher = row_of<T>(call.sides[1], slot);
+  if (student && teacher) return true;
+  if (cluster_rank() == 0) write_no_pair<S, T>(call, slot, student || teacher);
+  return false;
+}
+
 // Compares two rows in order, in float64 sums, and writes all that is written of the pair.
 template <class Student, class Teacher>
 __device__ inline void write_pair(const SortedL1Forward& call, int64_t slot, const Student& student,
@@ -61,12 +71,9 @@ __global__ void __launch_bounds__(kPairThreads, 1) forward_by_counting(SortedL1F
   MLOT_SHARED_MEMORY(unsigned char, shared);
   const CountMemory memory(shared + kPairJoin<float>);
   const int64_t slot = cluster_number();
-  const S* student = row_of<S>(call.sides[0], slot);
-  const T* teacher = row_of<T>(call.sides[1], slot);
-  if (!student || !teacher) {
-    if (cluster_rank() == 0) write_no_pair<S, T>(call, slot, student || teacher);
-    return;
-  }
+  const S* student;
+  const T* teacher;
+  if (!take_pair(call, slot, student, teacher)) return;
   const auto s = count_row(student, call.sides[0], likelihood<void*, float>(call.sides[0], call.saved[0], slot), memory,
                            0, shared);
   const auto t = count_row(teacher, call.sides[1], likelihood<void*, float>(call.sides[1], call.saved[1], slot), memory,
@@ -89,12 +96,9 @@ __global__ void __launch_bounds__(kPairThreads, 1) forward_by_bins(SortedL1Forwa
   MLOT_SHARED_MEMORY(unsigned char, shared);
   const BinMemory memory(shared + kBinJoin, sizes);
   const int64_t slot = cluster_number();
-  const S* student = row_of<S>(call.sides[0], slot);
-  const T* teacher = row_of<T>(call.sides[1], slot);
-  if (!student || !teacher) {
-    if (cluster_rank() == 0) write_no_pair<S, T>(call, slot, student || teacher);
-    return;
-  }
+  const S* student;
+  const T* teacher;
+  if (!take_pair(call, slot, student, teacher)) return;
   memory.clear();
   const SlotIndex<A> none{0, 0, sizes.bins, 0, memory.map};
   const auto row = [&](auto element, int side) {
@@ -132,12 +136,9 @@ __global__ void __launch_bounds__(kPairThreads, 1) forward_by_sorting(SortedL1Fo
   auto* const t_keys = of_room<DescendingKey<T>>(call.room, call.room.keys[1]);
   for (int64_t slot = cluster_number(); slot < slots_of(call.sides[0]); slot += clusters_of_grid()) {
     if (only_left && at<SA>(call.saved[0].steps, slot * 2 * kSavedSteps) != SA(kLeft)) continue;
-    const S* student = row_of<S>(call.sides[0], slot);
-    const T* teacher = row_of<T>(call.sides[1], slot);
-    if (!student || !teacher) {
-      if (cluster_rank() == 0) write_no_pair<S, T>(call, slot, student || teacher);
-      continue;
-    }
+    const S* student;
+    const T* teacher;
+    if (!take_pair(call, slot, student, teacher)) continue;
     const int s_listed = sort_row(student, call.sides[0], s_keys, of_room<DescendingKey<S>>(call.room, call.room.spare),
                                   nullptr, nullptr, memory, shared);
     const int t_listed = sort_row(teacher, call.sides[1], t_keys, of_room<DescendingKey<T>>(call.room, call.room.spare),
@@ -172,7 +173,7 @@ void launch_forward(const SortedL1Forward& call, void* stream) {
   bool only_left = false;
   // float64 beside another type is rare, and would take registers that there are not.
   if constexpr (std::is_same_v<Accumulator<S>, Accumulator<T>>) {
-    const Binning binning = binning_of(call.sides[0], call.sides[1], sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));
+    const Binning binning = binning_of(call.sides[0], call.sides[1], kLogitBytes<S, T>);
     if (binning.pays) launch(forward_by_bins<S, T>, binning.shape, stream, call, binning.sizes);
     only_left = binning.pays;
   }

@@ -156,6 +156,10 @@ __device__ inline void read_slots(const T* row, const LogitsRows& rows, const Bi
   if (threadIdx.x == 0) *all = mine;
 }
 
+// Of the larger one of a pair's logits: lists of either row have room for it.
+template <class S, class T>
+constexpr unsigned kLogitBytes = sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T);
+
 // Brings both rows into slots and fills in what `s` and `t` have besides their laws; false where more is open than
 // there is room for. Each row is read twice, and once more where the second level is needed.
 template <class S, class T>
@@ -182,17 +186,16 @@ __device__ inline bool bin_pair(const S* student, const T* teacher, const Logits
   s.index = t.index = index;
   if (!opening.fits) return false;
 
-  constexpr unsigned kLogit = sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T);
-  auto* const s_keys = memory.list<DescendingKey<S>>(0, kLogit);
-  auto* const t_keys = memory.list<DescendingKey<T>>(1, kLogit);
+  auto* const s_keys = memory.list<DescendingKey<S>>(0, kLogitBytes<S, T>);
+  auto* const t_keys = memory.list<DescendingKey<T>>(1, kLogitBytes<S, T>);
   s.keys = s_keys, s.listed = opening.logits.of[0];
   t.keys = t_keys, t.listed = opening.logits.of[1];
   unsigned* const found = of_block(memory.found, 0);
   read_slots(student, sides[0], s, s_keys, found, memory.sums, joins);
   read_slots(teacher, sides[1], t, t_keys, found + 1, memory.sums + 1, joins);
   uint32_t* const none = nullptr;
-  sort_keys(s_keys, memory.list<DescendingKey<S>>(2, kLogit), none, none, int(s.listed), *memory.sort);
-  sort_keys(t_keys, memory.list<DescendingKey<T>>(2, kLogit), none, none, int(t.listed), *memory.sort);
+  sort_keys(s_keys, memory.list<DescendingKey<S>>(2, kLogitBytes<S, T>), none, none, int(s.listed), *memory.sort);
+  sort_keys(t_keys, memory.list<DescendingKey<T>>(2, kLogitBytes<S, T>), none, none, int(t.listed), *memory.sort);
   return true;
 }
 
